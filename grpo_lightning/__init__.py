@@ -1,0 +1,25 @@
+"""GRPO for language models as PyTorch Lightning components. Importing it imports nothing heavy."""
+
+from typing import TYPE_CHECKING
+
+from grpo_lightning._lazy import lazy
+
+if TYPE_CHECKING:
+    from grpo_lightning.batch import RolloutBatch, SamplingParams
+    from grpo_lightning.callbacks.rollout import RolloutCallback
+    from grpo_lightning.data.datamodule import PromptDataModule
+    from grpo_lightning.module import GRPOModule
+
+__version__ = "0.1.0.dev0"
+__all__ = ["GRPOModule", "PromptDataModule", "RolloutBatch", "RolloutCallback", "SamplingParams"]
+
+__getattr__, __dir__ = lazy(
+    __name__,
+    {
+        "GRPOModule": "module",
+        "PromptDataModule": "data.datamodule",
+        "RolloutBatch": "batch",
+        "RolloutCallback": "callbacks.rollout",
+        "SamplingParams": "batch",
+    },
+)

@@ -1,0 +1,43 @@
+"""`grpo-lightning`: answers --help and --version by itself, in no time; everything else is the Lightning CLI."""
+
+import sys
+
+from grpo_lightning import __version__
+
+HELP = f"""\
+grpo-lightning {__version__}: GRPO for language models as PyTorch Lightning components
+
+usage: grpo-lightning COMMAND [--config FILE ...] [--SECTION.KEY VALUE ...]
+
+commands:
+  fit        train; --ckpt_path last (or a file) goes on where a run stopped
+  validate   roll out and score the validation split of a checkpoint
+  test       the same for the test split
+  predict    the same, and return the completions
+
+start here:
+  grpo-lightning fit --config configs/quickstart.yaml
+  grpo-lightning fit --config configs/quickstart.yaml --config configs/loss/grpo.yaml --model.loss.kl_coef 0.01
+  grpo-lightning fit --config configs/quickstart.yaml --print_config
+  grpo-lightning fit --help          every option, explained
+
+Configs named here are found in the installed package where the working folder has none.
+"""
+
+
+def main(args: list[str] | None = None) -> int:
+    """Runs the command line; returns the exit code: 0 done, 1 fault, 2 usage, 130 interrupted."""
+    argv = sys.argv[1:] if args is None else args
+    if not argv or argv[0] in ("-h", "--help"):
+        print(HELP, end="")
+        return 0
+    if argv[0] in ("-V", "--version"):
+        print(f"grpo-lightning {__version__}")
+        return 0
+    from grpo_lightning.cli import run
+
+    return run(argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,146 @@
+"""Advantages: how much better a completion is than its group. `ADVANTAGES` is the table of ways to say so.
+
+Computed once per rollout in float64 on whole groups; a group never spans ranks, `all_sum` adds moments over ranks.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from grpo_lightning.errors import ConfigError, choices
+
+EPS = 1e-4
+"""added to every standard deviation (TRL's)"""
+
+
+def _identity(x: Tensor) -> Tensor:
+    return x
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RewardTable:
+    """The rewards of one rollout, as the rows of `ADVANTAGES` see them."""
+
+    by_function: Tensor  # [S, K] float64; NaN: the function does not apply to this completion
+    weights: Tensor  # [K] float64
+    group_ids: Tensor  # [S] int64 in [0, P)
+    num_groups: int
+    all_sum: Callable[[Tensor], Tensor] = _identity  # adds over ranks
+
+    @property
+    def total(self) -> Tensor:
+        """[S] float64: weighted sum over the functions that apply; NaN where none does."""
+        applies = ~self.by_function.isnan()
+        total = (self.by_function.nan_to_num() * self.weights).sum(1)
+        return total.masked_fill(~applies.any(1), torch.nan)
+
+    def group_sum(self, x: Tensor) -> Tensor:
+        """[S] -> [P], skipping NaN."""
+        return x.new_zeros(self.num_groups).index_add(0, self.group_ids, x.nan_to_num())
+
+    def group_count(self, x: Tensor) -> Tensor:
+        """[S] -> [P]: members that are not NaN."""
+        return self.group_sum((~x.isnan()).to(x.dtype))
+
+    def centred(self, x: Tensor) -> Tensor:
+        """[S] -> [S]: less the group's mean over scorable members."""
+        return x - (self.group_sum(x) / self.group_count(x).clamp(min=1))[self.group_ids]
+
+    def group_std(self, x: Tensor) -> Tensor:
+        """[S] -> [P], one degree of freedom less; 0 in groups with fewer than two scorable members."""
+        squares = self.group_sum(self.centred(x) ** 2)
+        return (squares / (self.group_count(x) - 1).clamp(min=1)).sqrt()
+
+    def rollout_std(self, x: Tensor) -> Tensor:
+        """[S] -> scalar over all scorable completions of all ranks, one degree of freedom less."""
+        known = x[~x.isnan()]
+        total, count = self.all_sum(torch.stack([known.sum(), x.new_tensor(float(known.numel()))]))
+        squares = self.all_sum(((known - total / count.clamp(min=1)) ** 2).sum().reshape(1))[0]
+        return (squares / (count - 1).clamp(min=1)).sqrt()
+
+    def constant_groups(self, x: Tensor) -> Tensor:
+        """[S] -> [P] bool: fewer than two scorable members, or all of them equal."""
+        far = x.new_full((self.num_groups,), torch.inf)
+        high = (-far).scatter_reduce(0, self.group_ids, x.nan_to_num(-torch.inf), "amax")
+        low = far.scatter_reduce(0, self.group_ids, x.nan_to_num(torch.inf), "amin")
+        return high <= low
+
+
+@dataclass(frozen=True, slots=True)
+class Advantage:
+    """A row of `ADVANTAGES`."""
+
+    compute: Callable[[RewardTable], Tensor]
+    formula: str
+    paper: str
+    zero_variance_is_zero: bool = True
+
+
+ADVANTAGES: dict[str, Advantage] = {}
+
+
+def register_advantage(
+    name: str, *, formula: str, paper: str = "", zero_variance_is_zero: bool = True
+) -> Callable[[Callable[[RewardTable], Tensor]], Callable[[RewardTable], Tensor]]:
+    """Returns a decorator that adds `(RewardTable) -> [S] float64` to the table."""
+
+    def add(compute: Callable[[RewardTable], Tensor]) -> Callable[[RewardTable], Tensor]:
+        ADVANTAGES[name] = Advantage(compute, formula, paper, zero_variance_is_zero)
+        return compute
+
+    return add
+
+
+@register_advantage("group_norm", formula="(R - mean_group) / (std_group + eps)", paper="2402.03300")
+def group_norm(r: RewardTable) -> Tensor:
+    """Returns rewards whitened within their group (GRPO)."""
+    return r.centred(r.total) / (r.group_std(r.total)[r.group_ids] + EPS)
+
+
+@register_advantage("batch_norm", formula="(R - mean_group) / (std_rollout + eps)", paper="2508.08221")
+def batch_norm(r: RewardTable) -> Tensor:
+    """Returns rewards centred in their group and scaled by the spread of the whole rollout."""
+    return r.centred(r.total) / (r.rollout_std(r.total) + EPS)
+
+
+@register_advantage("group_mean", formula="R - mean_group", paper="2503.20783")
+def group_mean(r: RewardTable) -> Tensor:
+    """Returns rewards centred in their group, not scaled (Dr. GRPO)."""
+    return r.centred(r.total)
+
+
+@register_advantage("leave_one_out", formula="R - mean of the others in the group", paper="2402.14740")
+def leave_one_out(r: RewardTable) -> Tensor:
+    """Returns rewards less the mean of the other members (RLOO)."""
+    n = r.group_count(r.total)[r.group_ids]
+    return r.centred(r.total) * n / (n - 1).clamp(min=1)
+
+
+def compute_advantages(
+    name: str, rewards: RewardTable, *, clip: tuple[float | None, float | None] | None = None
+) -> Tensor:
+    """Returns advantages [S] float32, finite whatever comes in.
+
+    Unscorable completions get 0. Groups without variance get 0 by assignment, since subtracting a rounded mean
+    leaves a residue that the division by `eps` would blow up.
+
+    Args:
+        name: a row of `ADVANTAGES`.
+        rewards: the rewards of whole groups.
+        clip: lowest and highest advantage, either may be None.
+
+    Raises:
+        ConfigError: `name` is not in the table.
+    """
+    if name not in ADVANTAGES:
+        raise ConfigError(f"rollout.advantage is {choices(name, ADVANTAGES)}")
+    row = ADVANTAGES[name]
+    total = rewards.total
+    out = row.compute(rewards).masked_fill(total.isnan(), 0.0)
+    if row.zero_variance_is_zero:
+        out = out.masked_fill(rewards.constant_groups(total)[rewards.group_ids], 0.0)
+    if clip is not None:
+        out = out.clamp(*clip)
+    return out.float()

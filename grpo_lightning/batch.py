@@ -1,0 +1,324 @@
+"""What travels between the rooms: prompts, completions and packed rollouts. Knows torch and nothing else.
+
+Four axes: `T` packed tokens that go through the model, `N` completion tokens that train, `S` completions,
+`P` prompts (groups). A rollout is packed: nothing is padded and there is no mask. Each prompt stands once,
+its completions follow it; the last token of a completion predicts nothing and therefore does not go through
+the model.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from grpo_lightning.errors import ConfigError
+from grpo_lightning.packing import RowStarts, balance, geometry, row_starts, runs
+
+Message = dict[str, Any]
+Prompt = str | list[Message]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingParams:
+    """How completions are sampled; the names are vLLM's.
+
+    Args:
+        temperature: divides the logits; 0 means greedy, which only validation may use.
+        top_p: nucleus mass in (0, 1]; 1 keeps the whole vocabulary.
+        top_k: number of most likely tokens kept; 0 keeps all.
+        min_p: drops tokens less likely than `min_p` times the most likely one.
+        repetition_penalty: 1 is off.
+        max_tokens: most tokens of one completion, the end token included.
+        regex: completions must match it (engines with structured outputs only).
+        extra: passed to the engine as it is.
+    """
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float | None = None
+    repetition_penalty: float = 1.0
+    max_tokens: int = 512
+    regex: str | None = None
+    extra: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        bounds: tuple[tuple[str, bool, str], ...] = (
+            ("temperature", self.temperature >= 0, ">= 0 (0 is greedy)"),
+            ("top_p", 0 < self.top_p <= 1, "in (0, 1]"),
+            ("top_k", self.top_k >= 0, ">= 0 (0 keeps all)"),
+            ("min_p", self.min_p is None or 0 <= self.min_p <= 1, "null or in [0, 1]"),
+            ("repetition_penalty", self.repetition_penalty > 0, "> 0 (1 is off)"),
+            ("max_tokens", self.max_tokens >= 1, ">= 1"),
+        )
+        for name, holds, allowed in bounds:
+            if not holds:
+                raise ConfigError(f"sampling.{name} is {getattr(self, name)}; it must be {allowed}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Completion:
+    """One sampled completion; `token_ids` ends with the end token unless it was cut at `max_tokens`."""
+
+    token_ids: list[int]
+    logprobs: list[float] | None = None
+    """log-probability of each token under the sampler's distribution, in nats"""
+    finish_reason: Literal["stop", "length"] = "stop"
+
+
+@dataclass(slots=True, kw_only=True)
+class PromptBatch:
+    """P prompts of one rollout on this rank, dealt once per micro-batch: `part` of `parts`.
+
+    `rollout` is empty when a loader yields the batch; the rollout callback puts its micro-batch there.
+    """
+
+    prompts: list[Prompt]
+    prompt_ids: list[list[int]]
+    columns: dict[str, list[Any]]
+    uids: list[int]
+    """a number per prompt that is stable over runs and ranks; keys its sampling seeds"""
+    rollout_index: int = 0
+    """how many rollouts came before this one, since the beginning of training"""
+    part: int = 0
+    parts: int = 1
+    rollout: "RolloutBatch | None" = None
+    samples: dict[str, list[Any]] | None = None
+    """columns of the rollout's samples, for people to read; put here together with the rollout"""
+
+    def __len__(self) -> int:
+        return len(self.prompt_ids)
+
+    def to(self, device: torch.device | str) -> "PromptBatch":
+        """Returns itself with its rollout, if any, on `device`; Lightning calls it."""
+        if self.rollout is not None:
+            self.rollout = self.rollout.to(device)
+        return self
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LossTotals:
+    """Counts of one window: all micro-batches, over all ranks, that feed one optimizer step.
+
+    Aggregations divide by these, never by local counts: a gradient does not depend on how the work is split.
+    """
+
+    tokens: int
+    sequences: int
+    groups: int
+    """groups with at least one trainable token"""
+    max_tokens: int
+    """longest completion that sampling allows"""
+    micro_batches: int = 1
+    """K * W: accumulated micro-batches times ranks; Lightning and DDP divide the returned loss by it"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RolloutBatch:
+    """S scored completions of P prompts, packed. Axes: T model tokens, N completion tokens, S completions.
+
+    Built by `pack`; cut by `windows` (whole groups, own totals) and `split` (micro-batches of one window).
+    """
+
+    input_ids: Tensor  # [T] int64; a prompt stands once, its completions follow without their last token
+    position_ids: Tensor  # [T] int64; a completion goes on counting where its prompt ends
+    segment_ids: Tensor  # [T] int64; 0 in prompts, 1, 2, ... in the completions of a group
+    target_rows: Tensor  # [N] int64; the row of T whose hidden state predicts completion token n
+    target_ids: Tensor  # [N] int64; that token
+    sequence_ids: Tensor  # [N] int64 in [0, S), sorted
+    group_ids: Tensor  # [S] int64 in [0, P), sorted
+    rewards: Tensor  # [S] float32; NaN where no reward applies
+    advantages: Tensor  # [S] float32
+    group_tokens: Tensor  # [P] int64; trainable tokens of each group in the whole window
+    sampler_logprobs: Tensor | None = None  # [N] nats, the engine's policy
+    old_logprobs: Tensor | None = (
+        None  # [N] nats, the policy before the first update; None: the training forward's
+    )
+    ref_logprobs: Tensor | None = None  # [N] nats, the reference policy
+    prompt_lengths: tuple[int, ...]  # P; on the host, so that layouts need no device synchronisation
+    lengths: tuple[int, ...]  # S; trainable tokens of each completion, 0 is legal
+    host_groups: tuple[int, ...]  # S; group_ids
+    totals: LossTotals
+    temperature: float
+    policy_version: int = 0
+
+    @classmethod
+    def pack(
+        cls,
+        *,
+        prompt_ids: Sequence[Sequence[int]],
+        completions: Sequence[Completion],
+        group_ids: Sequence[int],
+        advantages: Tensor,
+        rewards: Tensor | None = None,
+        max_tokens: int,
+        temperature: float = 1.0,
+        policy_version: int = 0,
+        mask_truncated: bool = False,
+        micro_batches: int = 1,
+    ) -> "RolloutBatch":
+        """Returns the packed form of S completions of P prompts, as one window of one rank.
+
+        Args:
+            prompt_ids: P lists of token ids.
+            completions: S completions, those of a group next to each other.
+            group_ids: for each completion the index of its prompt, sorted.
+            advantages: [S] float.
+            rewards: [S] float; zeros if missing.
+            max_tokens: `SamplingParams.max_tokens`, the divisor of Dr. GRPO's aggregation.
+            mask_truncated: completions cut at `max_tokens` get no trainable token; they still count in S.
+
+        Raises:
+            ValueError: `group_ids` is not sorted, or sizes differ.
+        """
+        groups = list(group_ids)
+        if groups != sorted(groups) or len(groups) != len(completions) or len(advantages) != len(groups):
+            raise ValueError(
+                "group_ids must be sorted and there must be one advantage and one group per completion"
+            )
+        kept = [
+            () if mask_truncated and c.finish_reason == "length" else tuple(c.token_ids) for c in completions
+        ]
+        lengths = tuple(len(ids) for ids in kept)
+        prompt_lengths = tuple(len(ids) for ids in prompt_ids)
+        tokens: list[int] = []
+        members: list[list[int]] = [[] for _ in prompt_ids]
+        for s, g in enumerate(groups):
+            members[g].append(s)
+        for g, prompt in enumerate(prompt_ids):
+            tokens.extend(prompt)
+            for s in members[g]:
+                tokens.extend(kept[s][:-1])
+        group_tokens = torch.tensor([sum(lengths[s] for s in m) for m in members], dtype=torch.int64)
+        sampled = all(c.logprobs is not None for c in completions) and bool(completions)
+        logprobs = [
+            x for c, ids in zip(completions, kept, strict=True) for x in (c.logprobs or ())[: len(ids)]
+        ]
+        return cls(
+            input_ids=torch.tensor(tokens, dtype=torch.int64),
+            target_ids=torch.tensor([t for ids in kept for t in ids], dtype=torch.int64),
+            group_ids=torch.tensor(groups, dtype=torch.int64),
+            rewards=torch.zeros(len(groups)) if rewards is None else rewards.float(),
+            advantages=advantages.float(),
+            group_tokens=group_tokens,
+            sampler_logprobs=torch.tensor(logprobs, dtype=torch.float32) if sampled else None,
+            prompt_lengths=prompt_lengths,
+            lengths=lengths,
+            host_groups=tuple(groups),
+            totals=LossTotals(
+                tokens=sum(lengths),
+                sequences=len(lengths),
+                groups=int((group_tokens > 0).sum()),
+                max_tokens=max_tokens,
+                micro_batches=micro_batches,
+            ),
+            temperature=temperature,
+            policy_version=policy_version,
+            **geometry(prompt_lengths, lengths, groups),
+        )
+
+    @property
+    def num_tokens(self) -> int:
+        """T: rows that go through the model."""
+        return sum(self.prompt_lengths) + sum(max(n - 1, 0) for n in self.lengths)
+
+    def row_starts(self) -> RowStarts:
+        """Returns the first row of T of each prompt and of each completion."""
+        return row_starts(self.prompt_lengths, self.lengths, self.host_groups)
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> "RolloutBatch":
+        """Returns the batch on `device`."""
+        moved = {
+            name: value.to(device, non_blocking=non_blocking)
+            for name in self.__slots__
+            if isinstance(value := getattr(self, name), Tensor)
+        }
+        return replace(self, **moved)
+
+    def take(self, sequences: Sequence[int]) -> "RolloutBatch":
+        """Returns the completions `sequences` (sorted) with their prompts; totals stay those of the window."""
+        groups = sorted({self.host_groups[s] for s in sequences})
+        starts = self.row_starts()
+        token_starts = [0, *torch.tensor(self.lengths, dtype=torch.int64).cumsum(0).tolist()]
+        rows: list[int] = []
+        by_group: dict[int, list[int]] = {g: [] for g in groups}
+        for s in sequences:
+            by_group[self.host_groups[s]].append(s)
+        for g in groups:
+            rows.extend(range(starts.prompts[g], starts.prompts[g] + self.prompt_lengths[g]))
+            for s in by_group[g]:
+                rows.extend(range(starts.completions[s], starts.completions[s] + max(self.lengths[s] - 1, 0)))
+        tokens = [n for s in sequences for n in range(token_starts[s], token_starts[s + 1])]
+        lengths = tuple(self.lengths[s] for s in sequences)
+        prompt_lengths = tuple(self.prompt_lengths[g] for g in groups)
+        renumbered = [groups.index(self.host_groups[s]) for s in sequences]
+        device = self.input_ids.device
+        row = torch.tensor(rows, dtype=torch.int64, device=device)
+        token = torch.tensor(tokens, dtype=torch.int64, device=device)
+        seq = torch.tensor(list(sequences), dtype=torch.int64, device=device)
+        layout = {k: v.to(device) for k, v in geometry(prompt_lengths, lengths, renumbered).items()}
+        optional = {
+            name: None if (value := getattr(self, name)) is None else value[token]
+            for name in ("sampler_logprobs", "old_logprobs", "ref_logprobs")
+        }
+        return replace(
+            self,
+            input_ids=self.input_ids[row],
+            target_ids=self.target_ids[token],
+            group_ids=torch.tensor(renumbered, dtype=torch.int64, device=device),
+            rewards=self.rewards[seq],
+            advantages=self.advantages[seq],
+            group_tokens=self.group_tokens[torch.tensor(groups, dtype=torch.int64, device=device)],
+            prompt_lengths=prompt_lengths,
+            lengths=lengths,
+            host_groups=tuple(renumbered),
+            **layout,
+            **optional,
+        )
+
+    def split(self, m: int, *, whole_groups: bool = False) -> list["RolloutBatch"]:
+        """Returns exactly `m` micro-batches of this window, the heaviest as light as can be; some may be empty.
+
+        The cost of a part is its T. Completions stay whole and in order; with `whole_groups`, so do groups.
+        """
+        groups = self.host_groups
+        units = runs(groups) if whole_groups else [[s] for s in range(len(groups))]
+        return [self.take(part) for part in balance(units, groups, self.lengths, self.prompt_lengths, m)]
+
+    def windows(self, u: int) -> list["RolloutBatch"]:
+        """Returns `u` windows of whole groups, each with its own counts; `all_reduce_totals` adds other ranks'."""
+        groups = self.host_groups
+        out = []
+        for part in balance(runs(groups), groups, self.lengths, self.prompt_lengths, u):
+            w = self.take(part)
+            totals = replace(
+                self.totals,
+                tokens=sum(w.lengths),
+                sequences=len(w.lengths),
+                groups=int((w.group_tokens > 0).sum()),
+            )
+            out.append(replace(w, totals=totals))
+        return out
+
+    def all_reduce_totals(self, all_sum: Callable[[Tensor], Tensor], micro_batches: int) -> "RolloutBatch":
+        """Returns the window with the counts of all ranks; `all_sum` adds an int64 vector over ranks."""
+        local = torch.tensor(
+            [self.totals.tokens, self.totals.sequences, self.totals.groups], dtype=torch.int64
+        )
+        tokens, sequences, groups = all_sum(local).tolist()
+        totals = replace(
+            self.totals, tokens=tokens, sequences=sequences, groups=groups, micro_batches=micro_batches
+        )
+        return replace(self, totals=totals)
+
+    def without_dead_groups(self) -> "RolloutBatch":
+        """Returns the batch less the groups whose advantages are all 0; their tokens stay in the totals.
+
+        With no KL term and no entropy bonus such a group has a gradient of exactly 0.
+        """
+        groups = self.host_groups
+        alive = {g for g, a in zip(groups, self.advantages.tolist(), strict=True) if a != 0}
+        keep = [s for s, g in enumerate(groups) if g in alive]
+        return self if len(keep) == len(groups) else self.take(keep)

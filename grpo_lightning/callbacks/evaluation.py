@@ -1,0 +1,103 @@
+"""Validation: rollouts of held-out prompts with their own sampling, as means over all ranks."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import lightning.pytorch as pl
+import torch
+from torchmetrics import MeanMetric
+
+from grpo_lightning.batch import SamplingParams
+from grpo_lightning.errors import ConfigError, choices
+from grpo_lightning.rollout.collect import Rollout
+
+if TYPE_CHECKING:
+    from grpo_lightning.callbacks.rollout import RolloutCallback
+
+
+@dataclass(frozen=True)
+class ValidationConfig:
+    """How held-out prompts are sampled and when a completion passes.
+
+    Args:
+        num_generations: completions per prompt; more than one needs a temperature above 0.
+        sampling: null is greedy, otherwise as in training.
+        pass_reward: name of the reward that decides whether a completion passes; null is the first.
+        pass_threshold: a completion passes if that reward is at least this.
+        before_training: validate once before the first step.
+    """
+
+    num_generations: int = 1
+    sampling: SamplingParams | None = None
+    pass_reward: str | None = None
+    pass_threshold: float = 1.0
+    before_training: bool = False
+
+    def __post_init__(self) -> None:
+        greedy = self.sampling is None or self.sampling.temperature == 0
+        if self.num_generations < 1 or (greedy and self.num_generations > 1):
+            raise ConfigError(
+                f"rollout.validation.num_generations is {self.num_generations}; it must be 1 for greedy sampling, "
+                "or set rollout.validation.sampling.temperature above 0"
+            )
+
+
+class Evaluation:
+    """Running means of one pass over held-out prompts."""
+
+    def __init__(self, config: ValidationConfig, names: list[str]) -> None:
+        self.config = config
+        if config.pass_reward is not None and config.pass_reward not in names:
+            raise ConfigError(f"rollout.validation.pass_reward is {choices(config.pass_reward, names)}")
+        self.judge = names.index(config.pass_reward) if config.pass_reward else 0
+        self.names = names
+        self.means: dict[str, MeanMetric] = {}
+        self.reset()
+
+    def reset(self) -> None:
+        """Starts a new pass."""
+        keys = ["reward", "pass@1", "completions/mean_length", *(f"rewards/{n}/mean" for n in self.names)]
+        self.means = {key: MeanMetric(nan_strategy="ignore") for key in keys}
+
+    def update(self, rollout: Rollout) -> None:
+        """Adds a batch."""
+        columns = torch.tensor(rollout.scores.values, dtype=torch.float64).reshape(-1, len(self.names))
+        if not len(columns):
+            return
+        passed = columns[:, self.judge]
+        passed = torch.where(passed.isnan(), passed, (passed >= self.config.pass_threshold).double())
+        self.means["reward"].update(torch.tensor(rollout.scores.totals))
+        self.means["pass@1"].update(passed)
+        lengths = [float(len(c.token_ids)) for group in rollout.completions for c in group]
+        self.means["completions/mean_length"].update(torch.tensor(lengths))
+        for k, name in enumerate(self.names):
+            self.means[f"rewards/{name}/mean"].update(columns[:, k])
+
+    def compute(self, prefix: str, device: torch.device) -> dict[str, float]:
+        """Returns the means over all ranks and starts anew."""
+        out = {f"{prefix}/{key}": float(m.to(device).compute()) for key, m in self.means.items()}
+        self.reset()
+        return {key: value for key, value in out.items() if value == value}
+
+    def log(self, module: Any, prefix: str, trainer: pl.Trainer) -> None:
+        """Logs the means, where ModelCheckpoint and EarlyStopping find them."""
+        metrics = self.compute(prefix, module.device)
+        module.log_dict(metrics, batch_size=1)
+
+    def before_training(self, rollout: "RolloutCallback", trainer: pl.Trainer, module: Any) -> None:
+        """Validates once before the first step, and logs that as step 0."""
+        data = getattr(trainer, "datamodule", None)
+        loader = data.val_dataloader() if data is not None else []
+        ran = False
+        for batch in loader:
+            self.update(rollout.evaluate(trainer, module, batch))
+            ran = True
+        if not ran:
+            raise ConfigError(
+                "rollout.validation.before_training is set, but there is no validation data: set data.validation_split"
+            )
+        metrics = self.compute("val", module.device)
+        for logger in trainer.loggers:
+            logger.log_metrics(metrics, step=0)
+        if trainer.is_global_zero:
+            print("before training: " + ", ".join(f"{k} {v:.3f}" for k, v in metrics.items()), flush=True)

@@ -1,0 +1,353 @@
+"""`RolloutCallback`: before a micro-batch trains, it makes sure there is a rollout to train on."""
+
+import os
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from time import perf_counter
+from types import SimpleNamespace
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.callbacks import Callback, GradientAccumulationScheduler
+
+from grpo_lightning.advantages import ADVANTAGES
+from grpo_lightning.batch import PromptBatch, RolloutBatch, SamplingParams
+from grpo_lightning.callbacks.evaluation import Evaluation, ValidationConfig
+from grpo_lightning.callbacks.plan import print_plan
+from grpo_lightning.callbacks.state import batch_state, random_state, restore_batch, restore_random_state
+from grpo_lightning.errors import ConfigError, choices
+from grpo_lightning.metrics import all_sum, gather, over_ranks
+from grpo_lightning.rewards.suite import Rewards
+from grpo_lightning.rollout.collect import Collector, Rollout
+from grpo_lightning.rollout.engine import EngineContext, RolloutEngine
+from grpo_lightning.rollout.hf import HFEngine
+from grpo_lightning.rollout.recording import record
+from grpo_lightning.stats import mean_of
+
+RewardSpec = str | dict[str, Any]
+PROGRESS = {"reward", "completions/mean_length"}
+"""metrics that the progress bar shows"""
+
+
+class RolloutCallback(Callback):
+    """Samples, scores and packs completions, and deals them to the module as micro-batches.
+
+    One rollout feeds `accumulate_grad_batches * updates_per_rollout * num_iterations` micro-batches. Works with any
+    LightningModule that has `policy`, `loss` and `score` as GRPOModule does.
+
+    Args:
+        reward_funcs: reward functions, by import path, as `file.py:func`, or as {class_path, init_args}.
+        engine: what samples completions; null is HFEngine.
+        reward_weights: one weight per reward function; null weighs all 1.
+        num_generations: completions per prompt, the group size; at least 2.
+        sampling: how completions are sampled in training.
+        updates_per_rollout: optimizer steps per pass over a rollout; 1 is strictly on-policy.
+        num_iterations: passes over a rollout.
+        advantage: group_norm, batch_norm, group_mean or leave_one_out; null takes the recipe's.
+        advantage_clip: lowest and highest advantage; null does not clip.
+        mask_truncated_completions: completions cut at max_tokens do not train.
+        validation: how validation and test sample; null is greedy, one completion per prompt.
+        seed: of the sampling; null takes seed_everything's.
+        record_to: folder for parquet files of everything sampled; null writes none.
+    """
+
+    def __init__(
+        self,
+        reward_funcs: list[RewardSpec],
+        engine: RolloutEngine | None = None,
+        reward_weights: list[float] | None = None,
+        num_generations: int = 8,
+        sampling: SamplingParams = SamplingParams(),  # noqa: B008 - frozen
+        updates_per_rollout: int = 1,
+        num_iterations: int = 1,
+        advantage: str | None = None,
+        advantage_clip: tuple[float | None, float | None] | None = None,
+        mask_truncated_completions: bool = False,
+        validation: ValidationConfig = ValidationConfig(),  # noqa: B008 - frozen
+        seed: int | None = None,
+        record_to: str | None = None,
+    ) -> None:
+        for key, value, least in (
+            ("num_generations", num_generations, 2),
+            ("updates_per_rollout", updates_per_rollout, 1),
+            ("num_iterations", num_iterations, 1),
+        ):
+            if value < least:
+                why = ": a group of one has no signal" if key == "num_generations" else ""
+                raise ConfigError(f"rollout.{key} is {value}; it must be at least {least}{why}")
+        if sampling.temperature == 0:
+            raise ConfigError("rollout.sampling.temperature is 0; training needs > 0, e.g. 1.0 (greedy has no variety)")
+        if advantage is not None and advantage not in ADVANTAGES:
+            raise ConfigError(f"rollout.advantage is {choices(advantage, ADVANTAGES)}")
+        if engine is not None and not isinstance(engine, RolloutEngine):
+            raise ConfigError(f"rollout.engine is a {type(engine).__name__}; it lacks methods of RolloutEngine")
+        self.engine: RolloutEngine = engine if engine is not None else HFEngine()
+        self.rewards = Rewards(reward_funcs, reward_weights)
+        self.num_generations, self.sampling = num_generations, sampling
+        self.updates_per_rollout, self.num_iterations = updates_per_rollout, num_iterations
+        self.advantage, self.advantage_clip = advantage, advantage_clip
+        self.mask_truncated_completions = mask_truncated_completions
+        self.validation = validation
+        self.seed = seed
+        self.record_to = None if record_to is None else Path(record_to)
+        self._parts: list[RolloutBatch] = []
+        self._samples: dict[str, list[Any]] | None = None
+        self._clock = _Clock()
+        self._num_tokens = 0.0
+        self._restored_random: list[dict[str, Any]] | None = None
+        self._started = False
+        self._evaluation = Evaluation(self.validation, self.rewards.names)
+
+    # --- geometry ---
+
+    def parts_per_rollout(self, trainer: pl.Trainer) -> int:
+        """Returns M: how many micro-batches one rollout feeds. The prompt loader asks for it."""
+        return trainer.accumulate_grad_batches * self.updates_per_rollout * self.num_iterations
+
+    # --- setting up ---
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Checks, before weights are loaded, that options, data and model fit together."""
+        if any(isinstance(c, GradientAccumulationScheduler) for c in trainer.callbacks):  # pyright: ignore
+            raise ConfigError(
+                "GradientAccumulationScheduler changes how many micro-batches a rollout has; "
+                "use trainer.accumulate_grad_batches"
+            )
+        context = getattr(pl_module, "context_length", None)
+        limits = {"rollout.sampling": self.sampling, "rollout.validation.sampling": self.validation.sampling}
+        longest = getattr(getattr(trainer, "datamodule", None), "longest_prompt", 0)
+        for key, sampling in limits.items():
+            if sampling is not None and context is not None and longest + sampling.max_tokens > context:
+                raise ConfigError(
+                    f"{key}.max_tokens is {sampling.max_tokens} and the longest prompt has {longest} tokens, "
+                    f"but the model takes {context} in all: lower max_tokens to {max(context - longest, 0)} or "
+                    "lower data.max_prompt_tokens"
+                )
+
+    def _start(self, trainer: pl.Trainer, module: Any) -> None:
+        if self._started:
+            return
+        longest = getattr(getattr(trainer, "datamodule", None), "longest_prompt", 0)
+        self.engine.start(
+            EngineContext(
+                policy=module.policy,
+                model_path=module.model_path,
+                max_model_len=longest + self.sampling.max_tokens,
+                sampling=self.sampling,
+                world_size=trainer.world_size,
+                rank=trainer.global_rank,
+                local_rank=trainer.local_rank,
+            )
+        )
+        self._started = True
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Ends the engine."""
+        if self._started:
+            self.engine.close()
+            self._started = False
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Says what is going to happen, validates once, and puts restored random states in place."""
+        parts = self.parts_per_rollout(trainer)
+        if int(trainer.num_training_batches) % parts:
+            raise ConfigError(
+                f"an epoch has {trainer.num_training_batches} micro-batches, which is not a multiple of the {parts} "
+                "that one rollout feeds; change trainer.limit_train_batches or trainer.accumulate_grad_batches"
+            )
+        if trainer.is_global_zero:
+            print_plan(self, trainer)
+        if trainer.global_step == 0 and self.validation.before_training:
+            self._evaluation.before_training(self, trainer, pl_module)
+        if self._restored_random is not None:
+            restore_random_state(self._restored_random[trainer.global_rank % len(self._restored_random)])
+            self._restored_random = None
+
+    # --- the way of one step ---
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Puts this micro-batch's part of the rollout into `batch`; the first part makes the rollout."""
+        if not isinstance(batch, PromptBatch):
+            raise ConfigError(
+                f"RolloutCallback got a {type(batch).__name__} from the train loader; use PromptDataModule, "
+                "or a loader that yields PromptBatch"
+            )
+        if batch.part == 0:
+            self._clock.restart()
+            self._parts = self._roll(trainer, pl_module, batch)
+        batch.rollout = self._parts[batch.part].to(pl_module.device)
+        batch.samples = self._samples
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Times the step and lets go of a rollout that is used up."""
+        if (batch.part + 1) % trainer.accumulate_grad_batches == 0:
+            pl_module.log("step_time", self._clock.lap(), batch_size=1)
+        if batch.part + 1 == batch.parts:
+            pl_module.log("tokens_per_second", self._clock.rate(), prog_bar=True, batch_size=1)
+            self._parts = []
+
+    def _roll(self, trainer: pl.Trainer, module: Any, prompts: PromptBatch) -> list[RolloutBatch]:
+        """Returns the M micro-batches of a new rollout, in the order in which they train."""
+        self._start(trainer, module)
+        started = perf_counter()
+        rollout = self._collect(self.collector(trainer, module), prompts, trainer, module)
+        self._samples = rollout.samples
+        if self.record_to is not None:
+            record(self.record_to, trainer.global_rank, rollout.requests, rollout.completions)
+        parts: list[RolloutBatch] = []
+        for window in rollout.batch.windows(self.updates_per_rollout):
+            parts.extend(self._micro_batches(window, trainer, module))
+        metrics = over_ranks({**rollout.stats, "time/rollout": mean_of([perf_counter() - started])})
+        self._num_tokens += metrics["num_tokens"]
+        self._clock.tokens = metrics["num_tokens"]
+        metrics["num_tokens"] = self._num_tokens
+        for name, value in metrics.items():
+            module.log(name, value, prog_bar=name in PROGRESS, batch_size=1)
+        return parts * self.num_iterations
+
+    def _micro_batches(self, window: RolloutBatch, trainer: pl.Trainer, module: Any) -> list[RolloutBatch]:
+        k = trainer.accumulate_grad_batches
+        window = window.all_reduce_totals(all_sum, micro_batches=k * trainer.world_size)
+        if module.loss.dead_groups_are_still:
+            window = window.without_dead_groups()
+        old = self.updates_per_rollout * self.num_iterations > 1
+        parts = window.split(k)
+        if not old and not module.loss.kl_coef:
+            return parts
+        with self._phase(trainer)("score"):
+            return [module.score(part.to(module.device), old=old).to("cpu") for part in parts]
+
+    def collector(self, trainer: pl.Trainer, module: Any, **changes: Any) -> Collector:
+        """Returns what makes rollouts for this run; `changes` replaces settings."""
+        made = Collector(
+            engine=self.engine,
+            rewards=self.rewards,
+            tokenizer=module.tokenizer,
+            num_generations=self.num_generations,
+            sampling=self.sampling,
+            seed=self.run_seed,
+            advantage=self.advantage or module.loss.recipe.advantage,
+            advantage_clip=self.advantage_clip,
+            mask_truncated=self.mask_truncated_completions,
+            phase=self._phase(trainer),
+        )
+        return replace(made, **changes)
+
+    @property
+    def run_seed(self) -> int:
+        """`seed`, or seed_everything's, or 0."""
+        return self.seed if self.seed is not None else int(os.environ.get("PL_GLOBAL_SEED", "0"))
+
+    def _collect(self, collector: Collector, prompts: PromptBatch, trainer: pl.Trainer, module: Any) -> Rollout:
+        """Synchronises lazily, then collects; the version of a policy is the number of optimizer steps behind it."""
+        version = trainer.global_step
+        if self.engine.policy_version != version:
+            with self._phase(trainer)("sync"):
+                self.engine.sync(module.policy, version)
+        rollout = collector.collect(prompts, version, trainer_state(trainer))
+        self.engine.sleep()
+        return rollout
+
+    def _phase(self, trainer: pl.Trainer) -> Any:
+        return lambda name: _profiled(trainer, name)
+
+    # --- validation and test ---
+
+    def evaluate(self, trainer: pl.Trainer, module: Any, batch: PromptBatch) -> Rollout:
+        """Returns a rollout with the sampling of validation; training state is left as it is."""
+        self._start(trainer, module)
+        sampling = self.validation.sampling or replace(self.sampling, temperature=0.0)
+        collector = self.collector(
+            trainer, module, sampling=sampling, num_generations=self.validation.num_generations
+        )
+        batch.rollout_index = -1
+        rollout = self._collect(collector, batch, trainer, module)
+        batch.rollout, batch.samples = rollout.batch, rollout.samples
+        return rollout
+
+    def on_validation_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Samples and scores a validation batch."""
+        self._evaluation.update(self.evaluate(trainer, pl_module, batch))
+
+    def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Logs val/reward, val/pass@1 and the means of the reward functions, over all ranks."""
+        self._evaluation.log(pl_module, "val", trainer)
+
+    on_test_batch_start = on_validation_batch_start
+
+    def on_test_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Logs test/reward, test/pass@1 and the means of the reward functions, over all ranks."""
+        self._evaluation.log(pl_module, "test", trainer)
+
+    def on_predict_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Samples and scores; `predict_step` returns the samples."""
+        self.evaluate(trainer, pl_module, batch)
+
+    # --- resume ---
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns random states and the unused rest of the rollout, of every rank; plain types only."""
+        parts = gather([batch_state(p) for p in self._parts] if self._parts else None)
+        return {"random": gather(random_state()), "parts": parts, "num_tokens": self._num_tokens}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Takes over what `state_dict` returned."""
+        self._restored_random = state_dict["random"]
+        self._num_tokens = state_dict["num_tokens"]
+        rank = int(os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0")))
+        saved = state_dict["parts"]
+        if any(p is not None for p in saved):
+            if rank >= len(saved):
+                raise ConfigError(
+                    f"--ckpt_path was saved in the middle of a rollout by {len(saved)} ranks; resume it with as many"
+                )
+            self._parts = [restore_batch(p) for p in saved[rank] or []]
+
+
+@dataclass(slots=True)
+class _Clock:
+    """Seconds per optimizer step and tokens per second of a rollout."""
+
+    began: float = 0.0
+    last: float = 0.0
+    tokens: float = 0.0
+
+    def restart(self) -> None:
+        self.began = self.last = perf_counter()
+
+    def lap(self) -> float:
+        now = perf_counter()
+        elapsed, self.last = now - self.last, now
+        return elapsed
+
+    def rate(self) -> float:
+        return self.tokens / max(perf_counter() - self.began, 1e-9)
+
+
+@contextmanager
+def _profiled(trainer: pl.Trainer, name: str) -> Iterator[None]:
+    block: AbstractContextManager[Any] = trainer.profiler.profile(f"rollout/{name}")  # pyright: ignore
+    with block:
+        yield
+
+
+def trainer_state(trainer: pl.Trainer) -> SimpleNamespace:
+    """Returns what reward functions may read of the run; the names are transformers'."""
+    return SimpleNamespace(
+        global_step=trainer.global_step,
+        max_steps=trainer.max_steps,
+        epoch=trainer.current_epoch,
+        num_train_epochs=trainer.max_epochs,
+        log_history=[{k: float(v) for k, v in trainer.logged_metrics.items() if torch.as_tensor(v).numel() == 1}],
+    )

@@ -1,0 +1,82 @@
+"""`SampleTable`: what the model wrote, on the screen and on disk."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import Callback
+
+from grpo_lightning.batch import PromptBatch
+from grpo_lightning.errors import ConfigError
+
+
+class SampleTable(Callback):
+    """Prints a table of sampled completions and writes all of them to parquet.
+
+    Args:
+        every_n_steps: optimizer steps between two tables.
+        rows: completions per table, best and worst of each prompt first.
+        unique_prompts: show each prompt once.
+        width: characters of a prompt or completion that are shown.
+        folder: where completions-<step>.parquet files go, inside trainer.default_root_dir; null writes none.
+    """
+
+    def __init__(
+        self,
+        every_n_steps: int = 10,
+        rows: int = 4,
+        unique_prompts: bool = False,
+        width: int = 60,
+        folder: str | None = "completions",
+    ) -> None:
+        if every_n_steps < 1:
+            raise ConfigError(f"SampleTable.every_n_steps is {every_n_steps}; it must be at least 1")
+        self.every_n_steps, self.rows, self.unique_prompts = every_n_steps, rows, unique_prompts
+        self.width, self.folder = width, folder
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Shows the rollout that the step just made was trained on."""
+        last = isinstance(batch, PromptBatch) and batch.part + 1 == batch.parts
+        if not last or not batch.samples or trainer.global_step % self.every_n_steps:
+            return
+        step = trainer.global_step
+        if self.folder is not None:
+            from grpo_lightning.rollout.recording import write_parquet
+
+            name = f"completions-{step:06d}-rank{trainer.global_rank}.parquet"
+            write_parquet(Path(trainer.default_root_dir, self.folder, name), batch.samples)
+        if trainer.is_global_zero:
+            show(f"step {step}", batch.samples, self.rows, self.width, self.unique_prompts)
+
+
+def show(title: str, samples: Mapping[str, Sequence[Any]], rows: int, width: int, unique: bool = False) -> None:
+    """Prints up to `rows` samples; numbers to three digits, texts cut to `width` characters."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left")
+    for name in samples:
+        table.add_column(name, justify="left" if name in ("prompt", "completion") else "right")
+    for i in _chosen(samples["prompt"], rows, unique):
+        table.add_row(*(_cell(samples[name][i], width) for name in samples))
+    Console().print(table)
+
+
+def _chosen(prompts: Sequence[str], rows: int, unique: bool) -> list[int]:
+    if not unique:
+        step = max(len(prompts) // max(rows, 1), 1)
+        return list(range(0, len(prompts), step))[:rows]
+    seen: dict[str, int] = {}
+    for i, prompt in enumerate(prompts):
+        seen.setdefault(prompt, i)
+    return list(seen.values())[:rows]
+
+
+def _cell(value: Any, width: int) -> str:
+    if isinstance(value, float):
+        return f"{value:.3g}"
+    text = repr(str(value))[1:-1].replace("[", r"\[")
+    return text if len(text) <= width else "…" + text[-(width - 1) :]

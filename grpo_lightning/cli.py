@@ -1,0 +1,159 @@
+"""The Lightning CLI with our three sections, configs found in the package, and errors of one line."""
+
+import difflib
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NoReturn
+
+import jsonargparse
+import lightning.pytorch as pl
+import yaml
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+
+from grpo_lightning import __version__
+from grpo_lightning.callbacks.rollout import RolloutCallback
+from grpo_lightning.data.datamodule import PromptDataModule
+from grpo_lightning.errors import ConfigError, GRPOError
+from grpo_lightning.module import GRPOModule
+from grpo_lightning.options import explain
+
+TRAINER_DEFAULTS: dict[str, Any] = {
+    "trainer.gradient_clip_val": 1.0,
+    "trainer.log_every_n_steps": 1,
+    "trainer.num_sanity_val_steps": 0,
+    "trainer.use_distributed_sampler": False,
+    "trainer.plugins": [{"class_path": "grpo_lightning.callbacks.AdapterCheckpointIO"}],
+}
+
+
+class Parser(LightningArgumentParser):
+    """Says where an option of another trainer lives here, and ends with exit code 2."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Prints one cause and one remedy."""
+        if self.exit_on_error is False and ex is not None:
+            raise ex
+        hints = [h for key in dict.fromkeys(_keys(message)) if (h := explain(key))]
+        print(f"error: {' '.join(message.split())}", *hints, sep="\n  ", file=sys.stderr)
+        raise SystemExit(2)
+
+
+def _keys(message: str) -> Iterator[str]:
+    """Yields what looks like an option in a parser's message."""
+    yield from re.findall(r"--[\w.\-]+|['\"]([\w.\-]+)['\"]|(?<=[Kk]ey )[\w.]+", message)
+
+
+class SaveConfig(SaveConfigCallback):
+    """Keeps the resolved config beside the logs and in every checkpoint; a resume says what changed."""
+
+    def __init__(self, parser: LightningArgumentParser, config: Any, **kwargs: Any) -> None:
+        super().__init__(parser, config, **kwargs)
+        self.text = parser.dump(config, skip_none=False)
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Never overwrites the config of an earlier run in the same folder."""
+        folder = Path(trainer.log_dir or trainer.default_root_dir)
+        resumes = len(list(folder.glob("config*.yaml")))
+        if resumes:
+            self.config_filename = f"config-resume-{resumes}.yaml"
+        super().setup(trainer, pl_module, stage)
+
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Adds the config."""
+        checkpoint.setdefault("grpo_lightning", {})["config"] = self.text
+
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Prints what differs from the checkpoint's config; the command line wins."""
+        then = checkpoint.get("grpo_lightning", {}).get("config")
+        if then is None or not trainer.is_global_zero:
+            return
+        lines = difflib.unified_diff(then.splitlines(), self.text.splitlines(), lineterm="", n=0)
+        changed = [line for line in lines if re.match(r"[+-](?![+-])(?!.*ckpt_path)", line)]
+        print("config as in the checkpoint" if not changed else "config now (+) and in the checkpoint (-):")
+        print(*changed, sep="\n", end="\n" if changed else "")
+
+
+class CLI(LightningCLI):
+    """`trainer`, `model`, `data` and `rollout`."""
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Adds the rollout section and our defaults of the Trainer."""
+        parser.add_lightning_class_args(RolloutCallback, "rollout")
+        parser.set_defaults(TRAINER_DEFAULTS)
+
+    def _parse_ckpt_path(self) -> None:
+        """Leaves the command line as it is: Lightning would let the checkpoint's values win."""
+
+
+def run(argv: list[str]) -> int:
+    """Runs one command; returns its exit code."""
+    # An empty list turns the built-in denylist (os, subprocess, eval, ...) into errors; by default it only warns.
+    jsonargparse.set_parsing_settings(import_path_denylist=[])
+    sys.path.insert(0, "") if "" not in sys.path else None
+    try:
+        sys.argv[1:] = find_configs(argv)
+        CLI(
+            GRPOModule,
+            PromptDataModule,
+            save_config_callback=SaveConfig,
+            parser_class=Parser,
+            parser_kwargs={"default_env": False, "version": __version__},
+            seed_everything_default=42,
+            auto_configure_optimizers=False,
+            load_from_checkpoint_support=False,
+        )
+    except GRPOError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2 if isinstance(error, ConfigError) else 1
+    return 0
+
+
+def find_configs(argv: list[str]) -> Iterator[str]:
+    """Yields the arguments with every --config that exists only in the package replaced by its path there.
+
+    Raises:
+        ConfigError: a config is a URL, or is nowhere.
+    """
+    flags = ("--config", "-c")
+    wanted = False
+    for arg in argv:
+        name, joined, value = arg.partition("=")
+        if wanted:
+            yield str(find_config(arg))
+        elif joined and name in flags:
+            yield f"{name}={find_config(value)}"
+        else:
+            yield arg
+        wanted = not wanted and arg in flags
+
+
+def find_config(name: str) -> Path:
+    """Returns a config in the working folder, or the shipped one of that name."""
+    if "://" in name:
+        raise ConfigError(f"--config {name}: configs are not read from URLs; download it first")
+    if Path(name).is_file():
+        return Path(name)
+    root = config_root()
+    relative = Path(name).with_suffix(".yaml")
+    for candidate in (root.parent / relative, root / relative):
+        if candidate.is_file():
+            return candidate
+    shipped = sorted(str(p.relative_to(root.parent)) for p in root.rglob("*.yaml"))
+    raise ConfigError(f"--config {name}: no such file; shipped are {', '.join(shipped)}")
+
+
+def config_root() -> Path:
+    """Returns the folder of shipped configs: in the package, or in a checkout beside it."""
+    here = Path(__file__).parent
+    return here / "configs" if (here / "configs").is_dir() else here.parent / "configs"
+
+
+def load_config(name: str) -> dict[str, Any]:
+    """Returns a shipped or local config as plain data."""
+    return yaml.safe_load(find_config(name).read_text())

@@ -1,0 +1,98 @@
+"""How a packed rollout is laid out for a transformers decoder: packed, or padded where packing is unsafe."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from grpo_lightning.batch import RolloutBatch
+from grpo_lightning.ops.attention import PackedLayout, packed_attention
+
+PACKED = "grpo_lightning_packed"
+"""our name in transformers' attention registry"""
+
+_FULL_OR_SLIDING = {"full_attention", "sliding_attention"}
+
+
+def needs_padding(config: Any) -> str | None:
+    """Returns why an architecture cannot run packed, or None if it can."""
+    text = config.get_text_config()
+    kinds = set(getattr(text, "layer_types", None) or ["full_attention"])
+    if not kinds <= _FULL_OR_SLIDING:
+        return f"it has layers of the kinds {sorted(kinds - _FULL_OR_SLIDING)}"
+    if getattr(text, "attn_logit_softcapping", None) is not None:
+        return "its attention caps its scores"
+    if text.model_type in {"gpt_oss"}:
+        return "its attention has sinks"
+    return None
+
+
+def register_packed_attention() -> None:
+    """Registers `PACKED` with transformers. It has no mask function, so transformers builds no mask for it."""
+    from transformers import AttentionInterface
+
+    AttentionInterface.register(PACKED, _attention)
+
+
+def _attention(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    layout: PackedLayout | None = None,
+    sliding_window: int | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    if layout is None or attention_mask is not None:
+        raise RuntimeError(
+            f"packed attention in {type(module).__name__} got "
+            + ("a mask" if layout is not None else "no layout")
+            + ": sequences would see each other; run the model inside `policy.generating()` instead"
+        )
+    if dropout:
+        raise RuntimeError(f"packed attention has no dropout; {type(module).__name__} asks for {dropout}")
+    scale = scaling if scaling is not None else query.shape[-1] ** -0.5
+    out = packed_attention(query, key, value, layout, scale, sliding_window)
+    return out.transpose(1, 2).contiguous(), None
+
+
+def packed_hidden(decoder: Any, batch: RolloutBatch) -> Tensor:
+    """Returns [N, H] from one row of T tokens in which each prompt stands once."""
+    layout = PackedLayout.of(
+        batch.prompt_lengths, batch.lengths, batch.host_groups, batch.segment_ids, batch.position_ids
+    )
+    out = decoder(
+        input_ids=batch.input_ids[None],
+        position_ids=batch.position_ids[None],
+        use_cache=False,
+        layout=layout,
+    )
+    return out.last_hidden_state[0, batch.target_rows]
+
+
+def padded_hidden(decoder: Any, batch: RolloutBatch, pad_id: int) -> Tensor:
+    """Returns [N, H] from one right-padded row per completion, with the architecture's own masks."""
+    rows, targets = _padded_rows(batch)
+    width = max(len(r) for r in rows)
+    index = torch.tensor([r + [0] * (width - len(r)) for r in rows], device=batch.input_ids.device)
+    mask = torch.tensor([[1] * len(r) + [0] * (width - len(r)) for r in rows], device=index.device)
+    ids = torch.where(mask.bool(), batch.input_ids[index], pad_id)
+    out = decoder(input_ids=ids, attention_mask=mask, use_cache=False)
+    flat = torch.tensor([s * width + t for s, t in targets], device=index.device, dtype=torch.int64)
+    return out.last_hidden_state.flatten(0, 1)[flat]
+
+
+def _padded_rows(batch: RolloutBatch) -> tuple[list[list[int]], list[tuple[int, int]]]:
+    """Returns for each completion its rows of T, and for each of N its (completion, column)."""
+    starts = batch.row_starts()
+    rows: list[list[int]] = []
+    targets: list[tuple[int, int]] = []
+    for s, (g, n) in enumerate(zip(batch.host_groups, batch.lengths, strict=True)):
+        p = batch.prompt_lengths[g]
+        own = range(starts.completions[s], starts.completions[s] + max(n - 1, 0))
+        rows.append([*range(starts.prompts[g], starts.prompts[g] + p), *own])
+        targets.extend((s, p - 1 + i) for i in range(n))
+    return rows, targets

@@ -1,0 +1,71 @@
+"""Builds a `Policy` from a name on disk: model, adapter, dropout, checkpointing."""
+
+from typing import Any
+
+import torch
+from lightning.pytorch.utilities import rank_zero_warn
+
+from grpo_lightning.errors import ConfigError
+from grpo_lightning.policy import Policy, unwrap
+
+
+def load_policy(
+    path: str,
+    tokenizer: Any,
+    *,
+    lora: Any = None,
+    model_kwargs: dict[str, Any] | None = None,
+    gradient_checkpointing: bool = True,
+    disable_dropout: bool = True,
+    keep_reference: bool = False,
+    chunk_rows: int | None = None,
+) -> Policy:
+    """Returns the policy, in torch's default dtype unless `model_kwargs` names one.
+
+    Args:
+        path: folder or hub id.
+        tokenizer: its tokenizer.
+        lora: a peft LoraConfig, or None to train every weight.
+        model_kwargs: passed to `from_pretrained`.
+        gradient_checkpointing: recompute activations in the backward.
+        disable_dropout: set every dropout of the base model to 0.
+        keep_reference: keep a frozen copy of the weights.
+        chunk_rows: rows of logits that exist at one time.
+    """
+    from transformers import AutoModelForCausalLM
+
+    kwargs = {"dtype": torch.get_default_dtype(), "use_safetensors": True, **(model_kwargs or {})}
+    # Under bf16-true Lightning sets the default dtype; a model is built in it either way.
+    causal = AutoModelForCausalLM.from_pretrained(path, **kwargs)
+    if disable_dropout:
+        _disable_dropout(causal)
+    if gradient_checkpointing:
+        causal.gradient_checkpointing_enable({"use_reentrant": False})
+    model = causal
+    if lora is not None:
+        from peft import get_peft_model
+
+        _check_lora(lora)
+        model = get_peft_model(causal, lora)
+    policy = Policy(model, tokenizer, keep_reference=keep_reference, chunk_rows=chunk_rows)
+    if policy.padded_reason:
+        rank_zero_warn(f"{type(unwrap(model)).__name__} runs padded, not packed, because {policy.padded_reason}")
+    return policy
+
+
+def _disable_dropout(model: torch.nn.Module) -> None:
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+        if isinstance(getattr(module, "attention_dropout", None), float):
+            module.attention_dropout = 0.0  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def _check_lora(lora: Any) -> None:
+    if lora.bias != "none":
+        raise ConfigError(f"model.lora.bias is {lora.bias!r}; it must be 'none': no engine serves trained biases")
+    if lora.lora_dropout:
+        rank_zero_warn(
+            f"model.lora.lora_dropout is {lora.lora_dropout}: the ratio is not 1 on the first pass, and the gradient "
+            "depends on how a rollout is split; 0 avoids both"
+        )

@@ -1,0 +1,38 @@
+"""Sums over the completions of a packed micro-batch."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from grpo_lightning.batch import RolloutBatch
+
+
+@dataclass(frozen=True, slots=True)
+class Segments:
+    """Which completion each of N tokens belongs to, and which group each of S completions."""
+
+    ids: Tensor  # [N] int64, sorted
+    lengths: Tensor  # [S] int64, 0 is legal
+    groups: Tensor  # [S] int64
+    group_tokens: Tensor  # [P] int64, of the window
+
+    @classmethod
+    def of(cls, batch: RolloutBatch) -> "Segments":
+        """Returns the segments of a micro-batch."""
+        lengths = torch.tensor(batch.lengths, dtype=torch.int64, device=batch.sequence_ids.device)
+        return cls(batch.sequence_ids, lengths, batch.group_ids, batch.group_tokens)
+
+    def sum(self, x: Tensor) -> Tensor:
+        """[N] -> [S]. A reduction over runs: a repeat gives the same bits on every device."""
+        if self.lengths.numel() == 0:
+            return x.new_zeros(0) + x.sum()
+        return torch.segment_reduce(x, "sum", lengths=self.lengths, initial=0.0, unsafe=True)
+
+    def mean(self, x: Tensor) -> Tensor:
+        """[N] -> [S]; 0 for an empty completion."""
+        return self.sum(x) / self.lengths.clamp(min=1)
+
+    def spread(self, y: Tensor) -> Tensor:
+        """[S] -> [N]: each token gets its completion's value."""
+        return y[self.ids]

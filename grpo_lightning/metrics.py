@@ -1,0 +1,86 @@
+"""Metrics over ranks, and the statistics of a rollout under TRL's names."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from grpo_lightning.batch import Completion
+from grpo_lightning.stats import Stat, combine, extreme, mean, mean_of, spread_of, values
+
+
+def distributed() -> bool:
+    """Returns whether there is more than one rank."""
+    return torch.distributed.is_available() and torch.distributed.is_initialized() and _world() > 1
+
+
+def _world() -> int:
+    return torch.distributed.get_world_size()
+
+
+def gather(item: Any) -> list[Any]:
+    """Returns `item` of every rank, in rank order."""
+    if not distributed():
+        return [item]
+    items: list[Any] = [None] * _world()
+    torch.distributed.all_gather_object(items, item)
+    return items
+
+
+def all_sum(x: Tensor) -> Tensor:
+    """Returns the sum of a small host tensor over ranks; exact in float64 and int64, in rank order."""
+    return torch.stack(gather(x)).sum(0)
+
+
+def over_ranks(stats: Mapping[str, Stat]) -> dict[str, float]:
+    """Returns the metrics of all ranks together: global sums over global counts."""
+    host = {k: Stat(s.kind, s.value.double().cpu(), s.weight.double().cpu()) for k, s in stats.items()}
+    return values(combine(gather(host)))
+
+
+def length_stats(groups: Sequence[Sequence[Completion]], prompt_tokens: int) -> dict[str, Stat]:
+    """Returns completion lengths in tokens, the share cut at the limit, and tokens seen; TRL's names."""
+    flat = [c for g in groups for c in g]
+    lengths = [len(c.token_ids) for c in flat]
+    ended = [len(c.token_ids) for c in flat if c.finish_reason != "length"]
+    stats = {
+        "completions/mean_length": mean_of(lengths),
+        "completions/clipped_ratio": mean_of([c.finish_reason == "length" for c in flat]),
+        "completions/mean_terminated_length": mean_of(ended),
+        "num_tokens": extreme("sum", float(sum(lengths) + prompt_tokens)),
+    }
+    kinds: tuple[tuple[str, Sequence[int]], ...] = (("", lengths), ("terminated_", ended))
+    for prefix, known in kinds:
+        if known:
+            stats[f"completions/min_{prefix}length"] = extreme("min", float(min(known)))
+            stats[f"completions/max_{prefix}length"] = extreme("max", float(max(known)))
+    return stats
+
+
+def reward_stats(
+    names: Sequence[str], by_function: Tensor, total: Tensor, group_ids: Tensor, num_groups: int
+) -> dict[str, Stat]:
+    """Returns reward means and spreads, TRL's names.
+
+    Args:
+        names: K reward functions.
+        by_function: [S, K] float64, NaN where a function does not apply.
+        total: [S] float64, NaN where none applies.
+        group_ids: [S] int64.
+        num_groups: P.
+    """
+    stats: dict[str, Stat] = {}
+    for k, name in enumerate(names):
+        known = by_function[:, k][~by_function[:, k].isnan()]
+        stats[f"rewards/{name}/mean"] = mean(known.sum(), known.numel())
+        stats[f"rewards/{name}/std"] = spread_of(known)
+    known = total[~total.isnan()]
+    stats["reward"] = mean(known.sum(), known.numel())
+    spreads = [total[(group_ids == g) & ~total.isnan()] for g in range(num_groups)]
+    stds = [float(x.std()) if x.numel() > 1 else 0.0 for x in spreads]
+    stats["reward_std"] = mean_of(stds)
+    dead = [x.numel() < 2 or bool(x.min() == x.max()) for x in spreads]
+    stats["frac_reward_zero_std"] = mean_of(dead)
+    stats["rewards/unscorable_frac"] = mean(float(total.isnan().sum()), total.numel())
+    return stats

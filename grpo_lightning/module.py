@@ -1,0 +1,259 @@
+"""`GRPOModule`: the LightningModule. From a rollout to a loss; everything between prompt and rollout is elsewhere."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, cast
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
+
+from grpo_lightning.batch import PromptBatch, RolloutBatch
+from grpo_lightning.errors import ConfigError, GRPOError
+from grpo_lightning.losses import AGGREGATIONS, LossConfig, policy_loss
+from grpo_lightning.metrics import over_ranks
+from grpo_lightning.models import resolve_model
+from grpo_lightning.stats import Stat, combine
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
+
+    from grpo_lightning.policy import Policy
+
+CHECKPOINT_FORMAT = 1
+
+
+def _adamw(params: Any) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(params, lr=1e-6, weight_decay=0.0)
+
+
+class GRPOModule(pl.LightningModule):
+    """Trains a causal language model on rollouts.
+
+    A batch is a `RolloutBatch`, or a `PromptBatch` into which a callback has put one. Weights are loaded in
+    `configure_model`, after data and options have been checked.
+
+    Args:
+        model_name: hub id, local folder, .gguf file, or `package:file.gguf` for a file inside an installed package.
+        loss: which loss is minimised.
+        lora: fields of peft's LoraConfig, e.g. {r: 16, lora_alpha: 32}; null trains all weights.
+        optimizer: any torch optimizer by class path, e.g. torch.optim.AdamW or bitsandbytes.optim.AdamW8bit.
+        scheduler: any learning-rate scheduler by class path; it steps once per optimizer step.
+        gradient_checkpointing: recompute activations in the backward instead of keeping them.
+        disable_dropout: switch the model's dropout off; with dropout the ratio is not 1 on the first pass.
+        trust_remote_code: run Python code that comes with the model.
+        model_kwargs: passed to `from_pretrained`, e.g. {dtype: bfloat16, revision: main}.
+        tokenizer: name or folder of another tokenizer; null takes the model's.
+        logprob_chunk_rows: rows of logits that exist at one time; null derives them from a memory budget.
+    """
+
+    def __init__(
+        self,
+        model_name: str,
+        loss: LossConfig | None = None,
+        lora: "dict[str, Any] | None" = None,
+        optimizer: OptimizerCallable = _adamw,
+        scheduler: LRSchedulerCallable | None = None,
+        gradient_checkpointing: bool = True,
+        disable_dropout: bool = True,
+        trust_remote_code: bool = False,
+        model_kwargs: dict[str, Any] | None = None,
+        tokenizer: str | None = None,
+        logprob_chunk_rows: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.model_name = model_name
+        self.loss = loss or LossConfig()
+        self.lora = _lora_config(lora)
+        self.make_optimizer = optimizer
+        self.make_scheduler = scheduler
+        self.gradient_checkpointing = gradient_checkpointing
+        self.disable_dropout = disable_dropout
+        self.trust_remote_code = trust_remote_code
+        self.model_kwargs = dict(model_kwargs or {})
+        self.tokenizer_name = tokenizer
+        self.logprob_chunk_rows = logprob_chunk_rows
+        self.policy: Policy = cast("Policy", None)
+        self.strict_loading = False  # checkpoints hold only what trains; `on_load_checkpoint` checks the rest
+        self._window: list[Mapping[str, Stat]] = []
+        self._tokenizer: Any = None
+        self._model_path: str | None = None
+        if not AGGREGATIONS[str(self.loss.aggregation)].split_invariant:
+            rank_zero_warn(
+                f"model.loss.aggregation {self.loss.aggregation!r} depends on how a rollout is split into "
+                "micro-batches; token_mean does not"
+            )
+
+    @property
+    def model_path(self) -> str:
+        """What `from_pretrained` takes; converts a GGUF file on first use."""
+        if self._model_path is None:
+            self._model_path = resolve_model(self.model_name)
+        return self._model_path
+
+    @property
+    def tokenizer(self) -> Any:
+        """The tokenizer, loaded on first use and without the weights."""
+        if self._tokenizer is None:
+            from transformers import AutoTokenizer
+
+            source = self.tokenizer_name or self.model_path
+            self._tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=self.trust_remote_code)
+        return self._tokenizer
+
+    @property
+    def context_length(self) -> int | None:
+        """Most tokens the model takes, prompt and completion; None where its config does not say."""
+        from transformers import AutoConfig
+
+        config = AutoConfig.from_pretrained(self.model_path, trust_remote_code=self.trust_remote_code)
+        return getattr(config.get_text_config(), "max_position_embeddings", None)
+
+    def configure_model(self) -> None:
+        """Loads the weights, in the dtype of the Trainer's precision."""
+        if self.policy is not None:
+            return
+        from grpo_lightning.loading import load_policy
+
+        self.policy = load_policy(
+            self.model_path,
+            self.tokenizer,
+            lora=self.lora,
+            model_kwargs={"trust_remote_code": self.trust_remote_code, **self.model_kwargs},
+            gradient_checkpointing=self.gradient_checkpointing,
+            disable_dropout=self.disable_dropout,
+            keep_reference=self.loss.kl_coef != 0 and self.lora is None,
+            chunk_rows=self.logprob_chunk_rows,
+        )
+
+    def configure_optimizers(self) -> Any:
+        """Returns the optimizer over what trains, and the scheduler, stepped once per optimizer step."""
+        optimizer = self.make_optimizer(self.policy.trainable().values())  # pyright: ignore[reportArgumentType]
+        if self.make_scheduler is None:
+            return optimizer
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": self.make_scheduler(optimizer), "interval": "step"},
+        }
+
+    def on_fit_start(self) -> None:
+        """Checks that the model's logits are what this library computes."""
+        self.policy.check_head()
+
+    def score(self, batch: RolloutBatch, *, old: bool) -> RolloutBatch:
+        """Returns the batch with the log-probabilities that are taken without gradient.
+
+        Args:
+            batch: a micro-batch on this module's device.
+            old: whether the policy's own are needed: it changes before this micro-batch trains for the last time.
+        """
+        with torch.no_grad():
+            if old:
+                batch = replace(batch, old_logprobs=self.policy.logprobs(batch)[0])
+            if self.loss.kl_coef and batch.ref_logprobs is None:
+                with self.policy.reference():
+                    batch = replace(batch, ref_logprobs=self.policy.logprobs(batch)[0])
+        return batch
+
+    def training_step(self, batch: RolloutBatch | PromptBatch, batch_idx: int) -> Tensor:
+        """Returns this micro-batch's share of the loss, scaled for Lightning's and DDP's averages."""
+        rollout = self.score(_rollout_of(batch), old=False)
+        logprobs, entropy = self.policy.logprobs(rollout, entropy_grad=self.loss.entropy_coef != 0)
+        out = policy_loss(logprobs, rollout, self.loss, entropy)
+        self._window.append(out.stats)
+        if self._window_is_full(batch_idx):
+            self._log_window()
+        return rollout.totals.micro_batches * out.loss
+
+    def validation_step(self, batch: PromptBatch, batch_idx: int) -> None:
+        """Does nothing: the rollout callback samples, scores and logs."""
+
+    def test_step(self, batch: PromptBatch, batch_idx: int) -> None:
+        """Does nothing: the rollout callback samples, scores and logs."""
+
+    def predict_step(self, batch: PromptBatch, batch_idx: int) -> dict[str, list[Any]] | None:
+        """Returns the samples of the batch as columns."""
+        return batch.samples
+
+    def _window_is_full(self, batch_idx: int) -> bool:
+        k = self.trainer.accumulate_grad_batches
+        return (batch_idx + 1) % k == 0 or batch_idx + 1 == self.trainer.num_training_batches
+
+    def _log_window(self) -> None:
+        metrics = over_ranks(combine(self._window))
+        self._window.clear()
+        if "loss" not in metrics:
+            raise GRPOError(
+                f"the loss of optimizer step {self.global_step} is not finite; lower the learning rate, "
+                "raise clipping (trainer.gradient_clip_val), or inspect the rollout with rollout.record_to"
+            )
+        loss = metrics.pop("loss")
+        self.log("loss", loss, prog_bar=False, batch_size=1)
+        self.log_dict(metrics, batch_size=1)
+        if "kl" in metrics:
+            self.log("kl", metrics["kl"], prog_bar=True, batch_size=1)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keeps what trains, and says what it belongs to."""
+        trained = {f"policy.{name}" for name in self.policy.trainable()}
+        checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in trained}
+        checkpoint["grpo_lightning"] = {"format": CHECKPOINT_FORMAT, **self._identity()}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuses a checkpoint of another model or adapter, naming what differs."""
+        theirs = checkpoint.get("grpo_lightning")
+        if theirs is None:
+            raise ConfigError("--ckpt_path: not a checkpoint of GRPOModule")
+        ours = {"format": CHECKPOINT_FORMAT, **self._identity()}
+        for key, value in ours.items():
+            if theirs.get(key) != value:
+                raise ConfigError(
+                    f"--ckpt_path: {key} is {theirs.get(key)!r} in the checkpoint and {value!r} in this run; "
+                    f"set it as in the checkpoint"
+                )
+        self.configure_model()
+        trained = {f"policy.{name}" for name in self.policy.trainable()}
+        if missing := trained ^ set(checkpoint["state_dict"]):
+            raise ConfigError(f"--ckpt_path: weights do not match, e.g. {sorted(missing)[0]}; same model and lora?")
+
+    def _identity(self) -> dict[str, Any]:
+        lora = self.lora
+        return {
+            "model.model_name": self.model_name,
+            "model.lora": None
+            if lora is None
+            else {"r": lora.r, "lora_alpha": lora.lora_alpha, "target_modules": _plain(lora.target_modules)},
+        }
+
+
+def _plain(modules: Any) -> Any:
+    return sorted(modules) if isinstance(modules, set | list) else modules
+
+
+def _rollout_of(batch: RolloutBatch | PromptBatch) -> RolloutBatch:
+    rollout = batch.rollout if isinstance(batch, PromptBatch) else batch
+    if rollout is None:
+        raise ConfigError(
+            "GRPOModule got prompts without a rollout: add RolloutCallback to the Trainer's callbacks, "
+            "or feed it RolloutBatch objects"
+        )
+    return rollout
+
+
+def _lora_config(lora: "dict[str, Any] | LoraConfig | None") -> Any:
+    """Returns a LoraConfig; checks the names in a mapping, since peft's own message lists none."""
+    if lora is None or not isinstance(lora, Mapping):
+        return lora
+    from dataclasses import fields
+
+    from peft import LoraConfig
+
+    from grpo_lightning.errors import choices
+
+    allowed = [f.name for f in fields(LoraConfig)]
+    for key in lora:
+        if key not in allowed:
+            raise ConfigError(f"model.lora has the key {choices(key, allowed)}")
+    return LoraConfig(**{"task_type": "CAUSAL_LM", "target_modules": "all-linear", **lora})

@@ -1,0 +1,104 @@
+"""The geometry of a packed rollout, from lengths alone; runs on the host."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from grpo_lightning.errors import ConfigError
+
+
+@dataclass(frozen=True, slots=True)
+class RowStarts:
+    prompts: list[int]
+    completions: list[int]
+
+
+def row_starts(prompt_lengths: Sequence[int], lengths: Sequence[int], groups: Sequence[int]) -> RowStarts:
+    """Returns the first row of T of each prompt and of each completion."""
+    prompts, completions, row, s = [], [], 0, 0
+    for g, p in enumerate(prompt_lengths):
+        prompts.append(row)
+        row += p
+        while s < len(groups) and groups[s] == g:
+            completions.append(row)
+            row += max(lengths[s] - 1, 0)
+            s += 1
+    return RowStarts(prompts, completions)
+
+
+def geometry(
+    prompt_lengths: Sequence[int], lengths: Sequence[int], groups: Sequence[int]
+) -> dict[str, Tensor]:
+    """Returns position_ids, segment_ids [T], target_rows, sequence_ids [N]; all follow from the lengths."""
+    positions: list[int] = []
+    segments: list[int] = []
+    targets: list[int] = []
+    s, row = 0, 0
+    for g, p in enumerate(prompt_lengths):
+        positions.extend(range(p))
+        segments.extend([0] * p)
+        last_prompt_row = row + p - 1
+        row += p
+        segment = 0
+        while s < len(groups) and groups[s] == g:
+            segment += 1
+            n, own = lengths[s], max(lengths[s] - 1, 0)
+            positions.extend(range(p, p + own))
+            segments.extend([segment] * own)
+            targets.extend([last_prompt_row, *range(row, row + own)][:n])
+            row += own
+            s += 1
+    sequence_ids = torch.repeat_interleave(
+        torch.arange(len(lengths)), torch.tensor(lengths, dtype=torch.int64)
+    )
+    return {
+        "position_ids": torch.tensor(positions, dtype=torch.int64),
+        "segment_ids": torch.tensor(segments, dtype=torch.int64),
+        "target_rows": torch.tensor(targets, dtype=torch.int64),
+        "sequence_ids": sequence_ids,
+    }
+
+
+def runs(groups: Sequence[int]) -> list[list[int]]:
+    """Returns the indices of equal neighbours: [0, 0, 1] -> [[0, 1], [2]]."""
+    out: list[list[int]] = []
+    for s, g in enumerate(groups):
+        if s and groups[s - 1] == g:
+            out[-1].append(s)
+        else:
+            out.append([s])
+    return out
+
+
+def balance(
+    units: Sequence[list[int]], groups: Sequence[int], lengths: Sequence[int], prompts: Sequence[int], m: int
+) -> list[list[int]]:
+    """Returns `m` runs of neighbouring units whose largest T is as small as it can be.
+
+    A prompt costs once in every part that touches its group. Bisects the capacity that a greedy fill needs.
+    """
+    if m < 1:
+        raise ConfigError(f"a rollout is split into {m} parts; it must be at least 1")
+
+    def fill(capacity: int) -> list[list[int]]:
+        parts: list[list[int]] = [[]]
+        used, group = 0, -1
+        for unit in units:
+            own = sum(max(lengths[s] - 1, 0) for s in unit)
+            g = groups[unit[0]]
+            cost = own + (prompts[g] if g != group else 0)
+            if parts[-1] and used + cost > capacity:
+                parts.append([])
+                used, cost = 0, own + prompts[g]
+            parts[-1].extend(unit)
+            used, group = used + cost, g
+        return parts
+
+    low, high = 0, sum(prompts) + sum(lengths) + 1
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if len(fill(middle)) <= m else (middle + 1, high)
+    parts = fill(low)
+    return parts + [[] for _ in range(m - len(parts))]

@@ -1,0 +1,180 @@
+"""The policy: a Hugging Face causal LM, its LoRA adapter or full weights, its reference, and its packed forward."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from copy import deepcopy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from grpo_lightning.batch import RolloutBatch
+from grpo_lightning.errors import ConfigError
+from grpo_lightning.layouts import PACKED, needs_padding, packed_hidden, padded_hidden, register_packed_attention
+from grpo_lightning.ops import fused_linear_logprobs
+
+
+class Policy(nn.Module):
+    """A causal language model that is trained, its reference policy, and what both need to be run.
+
+    Args:
+        causal: the model, already wrapped by peft where `lora` is used.
+        tokenizer: its tokenizer.
+        keep_reference: keep a frozen copy of the weights as reference (full fine-tuning with a KL term).
+        chunk_rows: rows of logits that exist at one time; None derives them from a memory budget.
+        layout: `packed`, or `padded` for architectures that cannot run packed.
+    """
+
+    def __init__(
+        self, causal: nn.Module, tokenizer: Any, *, keep_reference: bool = False, chunk_rows: int | None = None
+    ) -> None:
+        super().__init__()
+        self.model = causal
+        self.tokenizer = tokenizer
+        self.chunk_rows = chunk_rows
+        self.frozen = deepcopy(causal).requires_grad_(False).eval() if keep_reference else None
+        self.padded_reason = needs_padding(self.causal.config)
+        self.stock_attention: str = self.causal.config._attn_implementation
+        self._active = causal
+        if self.padded_reason is None:
+            register_packed_attention()
+            self._set_attention(PACKED)
+
+    @property
+    def causal(self) -> Any:
+        """The transformers model, adapters included."""
+        return unwrap(self.model)
+
+    @property
+    def is_lora(self) -> bool:
+        """Whether an adapter is trained and the base is frozen."""
+        return hasattr(self.model, "peft_config")
+
+    @property
+    def eos_ids(self) -> list[int]:
+        """Every id that ends a completion: the model's, its generation config's and the tokenizer's."""
+        found: set[int] = set()
+        for owner in (self.causal.config, self.causal.generation_config, self.tokenizer):
+            ids = getattr(owner, "eos_token_id", None)
+            found.update(ids if isinstance(ids, list | tuple) else [] if ids is None else [ids])
+        if not found:
+            raise ConfigError("neither model nor tokenizer names an end token; set tokenizer.eos_token")
+        return sorted(found)
+
+    @property
+    def pad_id(self) -> int:
+        """Fills rows inside a padded forward; never looked at."""
+        return self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else self.eos_ids[0]
+
+    def trainable(self) -> dict[str, nn.Parameter]:
+        """Returns what the optimizer changes, by name."""
+        return {name: p for name, p in self.named_parameters() if p.requires_grad}
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "Policy":
+        """Keeps fp32 masters of what trains under `bf16-true`: small updates vanish in a bf16 weight."""
+        masters = {n: p.data for n, p in self.trainable().items() if p.dtype == torch.float32 and self.is_lora}
+        super()._apply(fn, recurse)
+        for name, p in self.trainable().items():
+            if name in masters and p.dtype != torch.float32:
+                p.data = masters[name].to(p.device)
+        return self
+
+    def completion_hidden(self, batch: RolloutBatch) -> Tensor:
+        """Returns the hidden states [N, H] that predict the completion tokens of `batch`."""
+        decoder = unwrap(self._active).get_decoder()
+        if batch.num_tokens == 0:
+            return self._nothing(batch)
+        if self.padded_reason is None:
+            return packed_hidden(decoder, batch)
+        return padded_hidden(decoder, batch, self.pad_id)
+
+    def logprobs(self, batch: RolloutBatch, *, entropy_grad: bool = False) -> tuple[Tensor, Tensor]:
+        """Returns log-probabilities [N] and entropies [N] of the batch's completion tokens, fp32, in nats."""
+        hidden = self.completion_hidden(batch)
+        causal = unwrap(self._active)
+        head = causal.get_output_embeddings()
+        return fused_linear_logprobs(
+            hidden.to(head.weight.dtype),
+            head.weight,
+            batch.target_ids,
+            batch.temperature,
+            bias=getattr(head, "bias", None),
+            entropy_grad=entropy_grad,
+            chunk_rows=self.chunk_rows,
+            **head_scaling(causal.config),
+        )
+
+    @contextmanager
+    def reference(self) -> Iterator[None]:
+        """Runs the reference policy inside: the adapter switched off, or the frozen copy."""
+        if self.is_lora:
+            with self.model.disable_adapter():  # pyright: ignore[reportCallIssue]
+                yield
+            return
+        if self.frozen is None:
+            raise ConfigError("this policy keeps no reference; build it with keep_reference=True")
+        self._active = self.frozen
+        try:
+            yield
+        finally:
+            self._active = self.model
+
+    @contextmanager
+    def generating(self) -> Iterator[Any]:
+        """Yields the transformers model with stock attention, in eval mode, without gradients."""
+        training = self.model.training
+        self._set_attention(self.stock_attention)
+        self.model.eval()
+        try:
+            with torch.no_grad():
+                yield self.causal
+        finally:
+            self.model.train(training)
+            if self.padded_reason is None:
+                self._set_attention(PACKED)
+
+    def check_head(self) -> None:
+        """Raises unless the head as this library runs it gives the model's own logits, on a few tokens."""
+        ids = torch.arange(8, device=self.causal.device)[None] % self.causal.config.get_text_config().vocab_size
+        with self.generating() as causal:
+            theirs = causal(input_ids=ids).logits[0, :-1].float().log_softmax(-1)
+            hidden = causal.get_decoder()(input_ids=ids).last_hidden_state[0, :-1]
+            head = causal.get_output_embeddings()
+            ours, _ = fused_linear_logprobs(
+                hidden, head.weight, ids[0, 1:], bias=getattr(head, "bias", None), **head_scaling(causal.config)
+            )
+        gap = (theirs.gather(1, ids[0, 1:, None])[:, 0] - ours).abs().max().item()
+        if not gap < 0.2:
+            raise ConfigError(
+                f"{type(self.causal).__name__} changes its logits in a way that is not supported yet: "
+                f"log-probabilities differ by {gap:.3g} nats; use another architecture"
+            )
+
+    def _set_attention(self, name: str) -> None:
+        for model in (self.model, self.frozen):
+            if model is not None:
+                unwrap(model).set_attn_implementation(name)
+
+    def _nothing(self, batch: RolloutBatch) -> Tensor:
+        """Returns [0, H], tied to every trainable parameter so that gradient reductions match across ranks."""
+        head = self.causal.get_output_embeddings().weight
+        tie = sum((p.sum() * 0 for p in self.trainable().values()), head.new_zeros(()))
+        return head.new_zeros(0, head.shape[1]) + tie
+
+
+def unwrap(model: Any) -> Any:
+    """Returns the transformers model inside a peft wrapper; adapters stay in place."""
+    return model.get_base_model() if hasattr(model, "peft_config") else model
+
+
+def head_scaling(config: Any) -> Mapping[str, float]:
+    """Returns how an architecture changes its logits, as arguments of `fused_linear_logprobs`."""
+    text = config.get_text_config()
+    out: dict[str, float] = {}
+    if (cap := getattr(text, "final_logit_softcapping", None)) is not None:
+        out["softcap"] = cap
+    if (scale := getattr(text, "logit_scale", None)) is not None:
+        out["logit_scale"] = scale
+    if (divisor := getattr(text, "logits_scaling", None)) is not None:
+        out["logit_scale"] = 1.0 / divisor
+    return out

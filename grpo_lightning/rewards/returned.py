@@ -1,0 +1,109 @@
+"""Checks what a reward function returns, and shows the sample on which it fails."""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from numbers import Real
+from typing import Any
+
+from grpo_lightning.errors import ConfigError, RewardError
+
+_CLIP = 300
+_CONTRACT = "a reward function returns a list with one float, or None where it does not apply, per completion"
+
+
+@dataclass(frozen=True, slots=True)
+class Samples:
+    """The S completions that a call scores, as error messages show them."""
+
+    prompts: Sequence[Any]
+    completions: Sequence[str]
+    columns: Mapping[str, Sequence[Any]]
+
+    def show(self, s: int) -> str:
+        """Returns three clipped lines on completion `s`: the end of its prompt, its text, its columns."""
+        if not self.completions:
+            return "\n  (there were no completions)"
+        prompt = repr(self.prompts[s])
+        columns = repr({name: values[s] for name, values in self.columns.items()})
+        return (
+            f"\n  prompt:     {prompt if len(prompt) <= _CLIP else '…' + prompt[-_CLIP:]}"
+            f"\n  completion: {_head(repr(self.completions[s]))}"
+            f"\n  columns:    {_head(columns)}"
+        )
+
+
+@contextmanager
+def failures_named(name: str, samples: Samples) -> Iterator[None]:
+    """Turns an exception of the reward function `name` into a RewardError that shows the call's first sample.
+
+    A ConfigError passes: it says already what to change.
+    """
+    try:
+        yield
+    except ConfigError:
+        raise
+    except Exception as error:
+        raise RewardError(
+            f"reward function {name!r} raised {type(error).__name__}: {error}\n"
+            f"The call was for {len(samples.completions)} completions; this is the first:{samples.show(0)}"
+        ) from error
+
+
+def as_floats(name: str, returned: object, samples: Samples) -> list[float]:
+    """Returns the S rewards of one function; NaN stands for its None.
+
+    Accepts a list, a tuple, or a one-dimensional array or tensor; in it bool, int, float, numpy scalars, 0-d
+    tensors and None.
+
+    Raises:
+        RewardError: another type, another length, an element that is not a number, NaN or infinity.
+    """
+    values = _as_list(returned)
+    if values is None:
+        shape = getattr(returned, "shape", None)
+        kind = type(returned).__name__ + ("" if shape is None else f" of shape {tuple(shape)}")
+        raise RewardError(
+            f"reward function {name!r} returned {_head(repr(returned))} ({kind}); {_CONTRACT}.\n"
+            f"The first completion of the call:{samples.show(0)}"
+        )
+    if len(values) != len(samples.completions):
+        raise RewardError(
+            f"reward function {name!r} returned {len(values)} values, expected {len(samples.completions)}; "
+            f"{_CONTRACT}.\nThe first completion of the call:{samples.show(0)}"
+        )
+    return [_as_float(name, s, value, samples) for s, value in enumerate(values)]
+
+
+def _as_list(returned: Any) -> Sequence[Any] | None:
+    if isinstance(returned, list | tuple):
+        return returned
+    if getattr(returned, "ndim", None) == 1 and hasattr(returned, "tolist"):
+        return returned.tolist()
+    return None
+
+
+def _as_float(name: str, s: int, value: Any, samples: Samples) -> float:
+    scalar = value.item() if getattr(value, "ndim", None) == 0 and hasattr(value, "item") else value
+    if scalar is None:
+        return math.nan
+    if not isinstance(scalar, Real):
+        raise RewardError(
+            f"reward function {name!r} returned {_head(repr(value))} ({type(value).__name__}) "
+            f"for completion {s}; {_CONTRACT}.{samples.show(s)}"
+        )
+    try:
+        number = float(scalar)
+    except OverflowError:
+        number = math.inf
+    if not math.isfinite(number):
+        raise RewardError(
+            f"reward function {name!r} returned {number} for completion {s}; return a finite number, "
+            f"or None where the function does not apply.{samples.show(s)}"
+        )
+    return number
+
+
+def _head(text: str) -> str:
+    return text if len(text) <= _CLIP else f"{text[:_CLIP]}…"

@@ -1,0 +1,33 @@
+"""Learning-rate schedules that torch does not have as one class."""
+
+import math
+
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+from grpo_lightning.errors import ConfigError
+
+
+class WarmupCosine(LambdaLR):
+    """Rises linearly for `warmup_steps` optimizer steps, then falls along a half cosine.
+
+    Args:
+        optimizer: whose rates are set.
+        total_steps: optimizer steps of the run; the rate ends there.
+        warmup_steps: optimizer steps of the rise.
+        final_ratio: last rate as a share of the highest.
+    """
+
+    def __init__(
+        self, optimizer: Optimizer, total_steps: int, warmup_steps: int = 0, final_ratio: float = 0.0
+    ) -> None:
+        if not 0 <= warmup_steps < total_steps:
+            raise ConfigError(f"WarmupCosine.warmup_steps is {warmup_steps}; it must be in [0, total_steps={total_steps})")
+
+        def ratio(step: int) -> float:
+            if step < warmup_steps:
+                return (step + 1) / (warmup_steps + 1)
+            done = min((step - warmup_steps) / (total_steps - warmup_steps), 1.0)
+            return final_ratio + (1 - final_ratio) * 0.5 * (1 + math.cos(math.pi * done))
+
+        super().__init__(optimizer, ratio)

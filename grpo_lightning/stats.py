@@ -1,0 +1,77 @@
+"""Sums that become metrics: they add up over micro-batches and ranks before anything is divided."""
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+Kind = Literal["mean", "std", "sum", "min", "max"]
+
+
+class Stat(NamedTuple):
+    """One measured quantity, in a form that adds up: see `_FINISH` for what becomes of it."""
+
+    kind: Kind
+    value: Tensor
+    weight: Tensor
+
+
+def mean(total: Tensor | float, count: Tensor | float) -> Stat:
+    """Returns the part of a mean that is known here: a sum and how many things it is a sum of."""
+    return Stat("mean", torch.as_tensor(total).detach(), torch.as_tensor(count))
+
+
+def mean_of(values: Iterable[float]) -> Stat:
+    """Returns the mean over `values`, as a part."""
+    known = list(values)
+    return mean(float(sum(known)), float(len(known)))
+
+
+def spread_of(values: Tensor) -> Stat:
+    """Returns the standard deviation over `values`, as a part; one degree of freedom less."""
+    x = values.detach().double()
+    return Stat("std", torch.stack([x.sum(), (x * x).sum()]), torch.as_tensor(float(x.numel())))
+
+
+def extreme(kind: Literal["sum", "min", "max"], value: Tensor | float) -> Stat:
+    """Returns a sum, minimum or maximum, as a part."""
+    return Stat(kind, torch.as_tensor(value).detach(), torch.ones(()))
+
+
+_FOLD: dict[Kind, Callable[[Tensor, Tensor], Tensor]] = {
+    "mean": torch.add,
+    "std": torch.add,
+    "sum": torch.add,
+    "min": torch.minimum,
+    "max": torch.maximum,
+}
+
+_FINISH: dict[Kind, Callable[[Tensor, Tensor], Tensor]] = {
+    "mean": lambda v, n: v / n,
+    "std": lambda v, n: ((v[1] - v[0] ** 2 / n).clamp(min=0) / (n - 1)).sqrt(),
+    "sum": lambda v, n: v,
+    "min": lambda v, n: v,
+    "max": lambda v, n: v,
+}
+
+
+def combine(parts: Iterable[Mapping[str, Stat]]) -> dict[str, Stat]:
+    """Returns one table from the tables of several micro-batches."""
+    out: dict[str, Stat] = {}
+    for part in parts:
+        for name, stat in part.items():
+            seen = out.get(name)
+            out[name] = (
+                stat
+                if seen is None
+                else Stat(stat.kind, _FOLD[stat.kind](seen.value, stat.value), seen.weight + stat.weight)
+            )
+    return out
+
+
+def values(stats: Mapping[str, Stat]) -> dict[str, float]:
+    """Returns what is logged: host floats, without the means of nothing and without NaN."""
+    table = {name: float(_FINISH[s.kind](s.value.double(), s.weight.double())) for name, s in stats.items()}
+    return {name: x for name, x in table.items() if math.isfinite(x)}
