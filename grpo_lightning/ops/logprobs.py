@@ -106,8 +106,8 @@ def _row_values(z: Tensor, ids: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]
     own = own[:, 0]
     odds = others - own
     lse = torch.logaddexp(others, own)
-    p = (z - lse[:, None]).exp_()
-    entropy = lse - p.mul_(z).sum(1)
+    logp = z - lse[:, None]
+    entropy = -logp.mul_(logp.exp()).sum(1)
     return -torch.nn.functional.softplus(odds), entropy, lse, torch.sigmoid(odds)
 
 

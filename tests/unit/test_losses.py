@@ -1,0 +1,302 @@
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from models import random_rollout
+
+from grpo_lightning.batch import Completion, LossTotals, RolloutBatch
+from grpo_lightning.errors import ConfigError
+from grpo_lightning.losses import AGGREGATIONS, RATIO_LEVELS, RECIPES, SURROGATES, LossConfig, policy_loss, register_surrogate
+from grpo_lightning.stats import combine, values
+
+SPLIT_INVARIANT = [n for n, r in RECIPES.items() if AGGREGATIONS[r.aggregation].split_invariant]
+OLD = torch.tensor([-1.0, -2.0, -0.5, -1.5, -0.25], dtype=torch.float64)
+RATIO = torch.tensor([1.0, 1.5, 0.5, 0.7, 1.25], dtype=torch.float64)
+REF = torch.tensor([-1.2, -1.5, -1.0, -1.5, -0.5], dtype=torch.float64)
+
+
+def fixture(lengths=(3, 2), groups=(0, 0), advantages=(1.0, -0.5), **changes):
+    """Fixture F of losses.md."""
+    b = RolloutBatch.pack(
+        prompt_ids=[[7]] * (max(groups) + 1),
+        completions=[Completion(token_ids=[5] * n) for n in lengths],
+        group_ids=groups,
+        advantages=torch.tensor(advantages),
+        max_tokens=4,
+    )
+    return replace(b, old_logprobs=OLD[: sum(lengths)], **changes)
+
+
+def value_and_grad(batch, config, logprobs=None, entropy=None):
+    lp = (OLD + RATIO.log() if logprobs is None else logprobs).clone().requires_grad_()
+    out = policy_loss(lp, batch, config, entropy)
+    (grad,) = torch.autograd.grad(out.loss, lp)
+    return out.loss.item(), grad, values(out.stats)
+
+
+def close(got, want):
+    torch.testing.assert_close(got, torch.tensor(want, dtype=torch.float64), atol=1e-6, rtol=0)
+
+
+GOLDEN = [  # losses.md G1, G2
+    (LossConfig("grpo"), -0.19375, [-0.166667, 0, -0.083333, 0, 0.15625]),
+    (LossConfig("bnpo"), -0.335, [-0.2, 0, -0.1, 0, 0.125]),
+    (LossConfig("dr_grpo"), -0.209375, [-0.125, 0, -0.0625, 0, 0.078125]),
+    (LossConfig("dapo"), -0.351, [-0.2, 0, -0.1, 0, 0.125]),
+    (LossConfig("dapo", clip_high=0.2), -0.335, [-0.2, 0, -0.1, 0, 0.125]),
+    (LossConfig("dapo", clip_high=0.2, aggregation="prompt_mean"), -0.335, [-0.2, 0, -0.1, 0, 0.125]),
+    (LossConfig("grpo", ratio_level="sequence"), -0.22042656, [*[-0.151427] * 3, *[0.116927] * 2]),
+    (LossConfig("grpo", ratio_level="sequence_token"), -0.22042656, [*[-0.151427] * 3, *[0.116927] * 2]),
+    (
+        LossConfig("grpo", ratio_level="sequence", clip_low=3e-4, clip_high=4e-4),
+        -0.20435515,
+        [*[-0.151427] * 3, 0, 0],
+    ),
+    (
+        LossConfig("grpo", ratio_level="sequence", aggregation="sequence_sum"),
+        -0.89513327,
+        [*[-0.454280] * 3, *[0.233854] * 2],
+    ),
+]
+
+
+@pytest.mark.parametrize(("config", "loss", "grad"), GOLDEN)
+def test_golden(config, loss, grad):
+    got, g, _ = value_and_grad(fixture(), config)
+    assert got == pytest.approx(loss, abs=1e-7)
+    close(g, grad)
+
+
+def test_golden_third_empty_completion():
+    got, g, _ = value_and_grad(fixture((3, 2, 0), (0, 0, 0), (1.0, -0.5, 3.0)), LossConfig("grpo"))
+    assert got == pytest.approx(-0.12916667, abs=1e-7)
+    close(g, [x * 2 / 3 for x in (-1 / 6, 0, -1 / 12, 0, 0.15625)])
+
+
+def test_golden_prompt_mean_two_groups():
+    config = LossConfig("grpo", aggregation="prompt_mean")
+    assert value_and_grad(fixture(groups=(0, 1)), config)[0] == pytest.approx(-0.19375, abs=1e-7)
+
+
+@pytest.mark.parametrize(
+    ("advantage", "ratio", "cap", "loss", "grad"),
+    [(-1, 5, None, 5, 5), (-1, 5, 3, 3, 0), (-1, 2, 3, 2, 2), (1, 5, 3, -1.2, 0)],
+)
+def test_golden_dual_clip(advantage, ratio, cap, loss, grad):
+    b = replace(fixture((1,), (0,), (advantage,)), old_logprobs=torch.zeros(1, dtype=torch.float64))
+    lp = torch.tensor([float(ratio)], dtype=torch.float64).log()
+    got, g, _ = value_and_grad(b, LossConfig("grpo", dual_clip=cap), lp)
+    assert got == pytest.approx(loss)
+    assert g.item() == pytest.approx(grad)
+
+
+KL_GOLDEN = [  # losses.md G4
+    ({"kl_bias_correction": False}, 0.00422676, [0.003625, -0.001983, -0.004261, -0.008571, 0.007539]),
+    ({}, 0.00412329, [0.004, -0.002836, -0.001931, -0.004993, 0.011829]),
+    ({"ratio_level": "sequence"}, 0.00393054, [0.003556, -0.001540, -0.003610, -0.006446, 0.008625]),
+    ({"ratio_level": "sequence_token"}, 0.00393054, [0.003634, -0.001718, -0.003510, -0.006673, 0.008852]),
+]
+
+
+@pytest.mark.parametrize(("changes", "loss", "grad"), KL_GOLDEN)
+def test_golden_kl_alone(changes, loss, grad):
+    config = LossConfig("dapo", kl_coef=0.1, **changes)
+    got, g, stats = value_and_grad(fixture(advantages=(0.0, 0.0), ref_logprobs=REF), config)
+    assert got == pytest.approx(loss, abs=1e-7)
+    close(g, grad)
+    assert stats["kl"] == pytest.approx(loss * 10, abs=1e-6)
+
+
+def test_golden_dapo_with_kl():
+    got, g, _ = value_and_grad(fixture(ref_logprobs=REF), LossConfig("dapo", kl_coef=0.1))
+    assert got == pytest.approx(-0.34687671, abs=1e-7)
+    close(g, [-0.196, -0.002836, -0.101931, -0.004993, 0.136829])
+
+
+def test_golden_entropy_bonus():
+    entropy = torch.tensor([2.0, 0.5, 0.2, 0.3, 1.0], dtype=torch.float64)
+    config = LossConfig("dapo", entropy_coef=0.01)
+    with_bonus = value_and_grad(fixture(), config, entropy=entropy)[0]
+    assert with_bonus - value_and_grad(fixture(), LossConfig("dapo"))[0] == pytest.approx(-0.008)
+
+
+def test_golden_split_returns_what_lightning_averages():
+    """G7: two micro-batches, K = 2."""
+    b = replace(fixture(), totals=replace(fixture().totals, micro_batches=2))
+    returned = []
+    for s, part in enumerate(b.split(2)):
+        lp = (OLD + RATIO.log())[:3] if s == 0 else (OLD + RATIO.log())[3:]
+        returned.append(2 * policy_loss(lp, part, LossConfig("dapo")).loss.item())
+    assert returned == pytest.approx([-1.112, 0.41])
+
+
+def test_golden_bnpo_depends_on_the_split():
+    b = replace(fixture(), totals=replace(fixture().totals, micro_batches=2))
+    lp = OLD + RATIO.log()
+    total = sum(
+        policy_loss(x, p, LossConfig("bnpo")).loss.item() for x, p in zip((lp[:3], lp[3:]), b.split(2), strict=True)
+    )
+    assert total == pytest.approx(-0.19375)
+
+
+def gradient(batch, config, logprobs):
+    lp = logprobs.clone().requires_grad_()
+    (g,) = torch.autograd.grad(policy_loss(lp, batch, config).loss, lp)
+    return g
+
+
+@pytest.mark.parametrize("name", SPLIT_INVARIANT)
+@settings(max_examples=20, deadline=None)
+@given(seed=st.integers(0, 10_000), m=st.integers(1, 9))
+def test_any_split_gives_one_gradient(name, seed, m):
+    b = random_rollout(prompts=3, group=3, seed=seed)
+    n = len(b.target_ids)
+    g = torch.Generator().manual_seed(seed)
+    b = replace(
+        b,
+        old_logprobs=-torch.rand(n, generator=g, dtype=torch.float64),
+        ref_logprobs=-torch.rand(n, generator=g, dtype=torch.float64),
+    )
+    lp = -torch.rand(n, generator=g, dtype=torch.float64)
+    config = LossConfig(name, kl_coef=0.1)
+    whole = gradient(b, config, lp)
+    parts, start = [], 0
+    for p in b.split(m):
+        parts.append(gradient(p, config, lp[start : start + len(p.target_ids)]))
+        start += len(p.target_ids)
+    torch.testing.assert_close(torch.cat(parts), whole, atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("level", RATIO_LEVELS)
+def test_ratio_one_is_reinforce(name, level):
+    b = random_rollout(seed=3)
+    lp = -torch.rand(len(b.target_ids), dtype=torch.float64)
+    config = LossConfig(name, ratio_level=level)
+    g = gradient(b, config, lp)
+    from grpo_lightning.losses.segments import Segments
+
+    weights = AGGREGATIONS[str(config.aggregation)].weights(Segments.of(b), b.totals).double()
+    torch.testing.assert_close(g, -weights * b.advantages[b.sequence_ids].double(), atol=1e-12, rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("level", RATIO_LEVELS)
+def test_gradcheck(name, level):
+    b = random_rollout(seed=5)
+    n = len(b.target_ids)
+    b = replace(b, old_logprobs=-torch.rand(n, dtype=torch.float64), ref_logprobs=-torch.rand(n, dtype=torch.float64))
+    lp = (-torch.rand(n, dtype=torch.float64)).requires_grad_()
+    config = LossConfig(name, ratio_level=level, kl_coef=0.05)
+    if level == "sequence_token":  # its gradient is not that of its value, by definition
+        assert torch.isfinite(gradient(b, config, lp)).all()
+    else:
+        assert torch.autograd.gradcheck(lambda x: policy_loss(x, b, config).loss, lp)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_nothing_to_train_is_zero_and_differentiable(name):
+    b = random_rollout().take([])
+    lp = torch.zeros(0, requires_grad=True)
+    out = policy_loss(lp, b, LossConfig(name))
+    out.loss.backward()
+    assert out.loss.item() == 0.0
+    assert values(out.stats)["loss"] == 0.0
+
+
+@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("gap", [100.0, -100.0])
+def test_far_ratios_are_finite_without_gradient(name, gap):
+    b = replace(fixture(), old_logprobs=OLD)
+    loss, g, _ = value_and_grad(b, LossConfig(name, clip_low=0.99), OLD + gap)
+    assert torch.isfinite(torch.tensor(loss))
+    assert g.tolist() == [0.0] * 5
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_dead_group_has_gradient_exactly_zero(name):
+    g = gradient(fixture(advantages=(0.0, 0.0)), LossConfig(name), OLD + RATIO.log())
+    assert g.tolist() == [0.0] * 5
+
+
+def test_permuting_completions_permutes_gradients():
+    a = gradient(fixture((3, 2), (0, 0), (1.0, -0.5)), LossConfig("grpo"), OLD + RATIO.log())
+    order = [3, 4, 0, 1, 2]
+    b = replace(fixture((2, 3), (0, 0), (-0.5, 1.0)), old_logprobs=OLD[order])
+    torch.testing.assert_close(gradient(b, LossConfig("grpo"), (OLD + RATIO.log())[order]), a[order], atol=1e-15, rtol=0)
+
+
+def test_clip_fractions():
+    _, _, stats = value_and_grad(fixture(), LossConfig("grpo"))
+    assert stats["clip_ratio/high_mean"] == pytest.approx(0.2)  # token 1
+    assert stats["clip_ratio/low_mean"] == pytest.approx(0.2)  # token 3
+    assert stats["clip_ratio/region_mean"] == pytest.approx(0.4)
+    assert stats["clip_ratio/high_max"] == pytest.approx(1 / 3)
+    assert stats["clip_ratio/low_min"] == pytest.approx(0.0)
+
+
+def test_sequence_level_clip_fractions_count_completions():
+    config = LossConfig("grpo", ratio_level="sequence", clip_low=3e-4, clip_high=4e-4)
+    _, _, stats = value_and_grad(fixture(), config)
+    assert stats["clip_ratio/low_mean"] == pytest.approx(0.5)
+
+
+def test_sampler_gap_skips_what_is_missing():
+    smp = torch.tensor([-1.5, -torch.inf, torch.nan, -1.5, -0.25])
+    _, _, stats = value_and_grad(fixture(sampler_logprobs=smp), LossConfig("grpo"))
+    assert stats["sampling/sampling_logp_difference/mean"] == pytest.approx(0.5 / 3)
+    assert stats["sampling/sampling_logp_difference/max"] == pytest.approx(0.5)
+
+
+def test_stats_of_parts_are_those_of_the_whole():
+    b = random_rollout(seed=11)
+    n = len(b.target_ids)
+    b = replace(b, old_logprobs=-torch.rand(n, generator=torch.Generator().manual_seed(1)))
+    lp = -torch.rand(n, generator=torch.Generator().manual_seed(2))
+    whole = values(policy_loss(lp, b, LossConfig("grpo"), lp.abs()).stats)
+    parts, start = [], 0
+    for p in b.split(4):
+        x = lp[start : (start := start + len(p.target_ids))]
+        parts.append(policy_loss(x, p, LossConfig("grpo"), x.abs()).stats)
+    assert values(combine(parts)) == pytest.approx(whole, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"name": "dapoo"}, "did you mean 'dapo'"),
+        ({"surrogate": "ppo"}, r"model\.loss\.surrogate is 'ppo'"),
+        ({"aggregation": "mean"}, r"model\.loss\.aggregation"),
+        ({"ratio_level": "word"}, r"model\.loss\.ratio_level"),
+        ({"dual_clip": 1.2}, r"above 1 \+ clip_high = 1\.28"),
+        ({"clip_low": 1.0}, r"in \[0, 1\)"),
+        ({"kl_coef": -1.0}, "kl_coef is -1"),
+        ({"kl_estimator": "k9"}, "kl_estimator"),
+        ({"name": "no_such_module.loss"}, "no_such_module"),
+    ],
+)
+def test_config_errors_name_the_key(changes, message):
+    with pytest.raises(ConfigError, match=message):
+        LossConfig(**changes)
+
+
+def test_missing_reference_and_entropy_raise():
+    lp = OLD.clone()
+    with pytest.raises(ValueError, match="ref_logprobs"):
+        policy_loss(lp, fixture(), LossConfig(kl_coef=0.1))
+    with pytest.raises(ValueError, match="entropy"):
+        policy_loss(lp, fixture(), LossConfig(entropy_coef=0.1))
+
+
+def test_a_surrogate_may_ask_for_nothing_unknown():
+    with pytest.raises(ConfigError, match="'rtaio'"):
+        register_surrogate("broken")(lambda rtaio: rtaio)
+    assert "broken" not in SURROGATES
+
+
+def test_loss_totals_do_not_depend_on_local_counts():
+    t = LossTotals(tokens=10, sequences=4, groups=2, max_tokens=4)
+    b = replace(fixture(), totals=t)
+    assert value_and_grad(b, LossConfig("dapo"))[0] == pytest.approx(-0.351 / 2)
