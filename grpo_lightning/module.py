@@ -189,17 +189,17 @@ class GRPOModule(pl.LightningModule):
                 f"the loss of optimizer step {self.global_step} is not finite; lower the learning rate, "
                 "raise clipping (trainer.gradient_clip_val), or inspect the rollout with rollout.record_to"
             )
-        loss = metrics.pop("loss")
-        self.log("loss", loss, prog_bar=False, batch_size=1)
-        self.log_dict(metrics, batch_size=1)
-        if "kl" in metrics:
-            self.log("kl", metrics["kl"], prog_bar=True, batch_size=1)
+        for name, value in metrics.items():
+            self.log(name, value, prog_bar=name == "kl", batch_size=1)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keeps what trains, and says what it belongs to."""
         trained = {f"policy.{name}" for name in self.policy.trainable()}
         checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in trained}
-        checkpoint["grpo_lightning"] = {"format": CHECKPOINT_FORMAT, **self._identity()}
+        ours = checkpoint.setdefault("grpo_lightning", {})
+        ours.update({"format": CHECKPOINT_FORMAT, **self._identity()})
+        if self.policy.is_lora:
+            ours["adapter_config"] = self.policy.adapter_config()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuses a checkpoint of another model or adapter, naming what differs."""

@@ -1,5 +1,6 @@
 """The policy: a Hugging Face causal LM, its LoRA adapter or full weights, its reference, and its packed forward."""
 
+import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from copy import deepcopy
@@ -69,6 +70,11 @@ class Policy(nn.Module):
     def trainable(self) -> dict[str, nn.Parameter]:
         """Returns what the optimizer changes, by name."""
         return {name: p for name, p in self.named_parameters() if p.requires_grad}
+
+    def adapter_config(self) -> str:
+        """Returns peft's adapter_config.json of the adapter being trained."""
+        config = self.model.peft_config["default"].to_dict()  # pyright: ignore
+        return json.dumps({**config, "inference_mode": True}, default=sorted, indent=2)
 
     def _apply(self, fn: Any, recurse: bool = True) -> "Policy":
         """Keeps fp32 masters of what trains under `bf16-true`: small updates vanish in a bf16 weight."""

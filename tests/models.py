@@ -33,8 +33,11 @@ def tiny_llama(context: int = 256, **changes: Any) -> Any:
 
 
 def save_tiny(folder: Path, **changes: Any) -> str:
-    """Writes a tiny model and its tokenizer; returns the folder's name."""
-    tiny_llama(**changes).save_pretrained(folder)
+    """Writes a tiny model and its tokenizer; returns the folder's name.
+
+    Many tokens end a completion, so that lengths differ.
+    """
+    tiny_llama(**{"eos_token_id": [1, *range(30, 47)], **changes}).save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
     return str(folder)
 

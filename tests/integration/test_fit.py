@@ -1,0 +1,361 @@
+"""Whole runs of the Trainer on a tiny model: learning, splits, resume, validation."""
+
+from pathlib import Path
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
+from models import save_tiny
+
+from grpo_lightning import GRPOModule, PromptDataModule, RolloutCallback, SamplingParams
+from grpo_lightning.callbacks import AdapterCheckpointIO, RunReport, SampleTable, ValidationConfig
+from grpo_lightning.errors import ConfigError, EngineError
+from grpo_lightning.losses import LossConfig
+from grpo_lightning.rollout import HFEngine, ReplayEngine
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory):
+    return save_tiny(tmp_path_factory.mktemp("tiny"))
+
+
+def vowels(completions, **_):
+    """More vowels are better; a signal a random model can follow."""
+    return [sum(c in "aeiou" for c in text) / 8 for text in completions]
+
+
+ROWS = [{"prompt": f"say {i}", "answer": str(i)} for i in range(12)]
+
+
+def module(folder, **changes):
+    settings = {
+        "lora": {"r": 4, "lora_alpha": 8},
+        "optimizer": lambda params: torch.optim.AdamW(params, lr=1e-2, weight_decay=0.0),
+        "gradient_checkpointing": False,
+        "loss": LossConfig("dapo"),
+    }
+    torch.manual_seed(0)
+    return GRPOModule(folder, **{**settings, **changes})
+
+
+def sgd(params):
+    """Adam turns rounding into whole steps where a gradient is nearly 0; SGD shows gradients as they are."""
+    return torch.optim.SGD(params, lr=0.5)
+
+
+def rollout(**changes):
+    settings = {
+        "reward_funcs": [vowels],
+        "num_generations": 4,
+        "sampling": SamplingParams(max_tokens=8),
+        "seed": 3,
+    }
+    return RolloutCallback(**{**settings, **changes})
+
+
+def data(**changes):
+    return PromptDataModule(ROWS, **{"prompts_per_rollout": 4, "seed": 5, **changes})
+
+
+def trainer(root: Path, *callbacks, **changes):
+    settings = {
+        "max_steps": 3,
+        "accelerator": "cpu",
+        "devices": 1,
+        "logger": CSVLogger(root, name="logs", version=0),
+        "default_root_dir": root,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "enable_checkpointing": any(isinstance(c, ModelCheckpoint) for c in callbacks),
+        "num_sanity_val_steps": 0,
+        "log_every_n_steps": 1,
+        "callbacks": list(callbacks),
+        "plugins": [AdapterCheckpointIO()],
+    }
+    return pl.Trainer(**{**settings, **changes})
+
+
+def weights(m) -> dict[str, torch.Tensor]:
+    return {n: p.detach().clone() for n, p in m.policy.trainable().items()}
+
+
+def rows_of(root: Path) -> list[dict[str, str]]:
+    import csv
+
+    with (root / "logs" / "version_0" / "metrics.csv").open() as f:
+        return list(csv.DictReader(f))
+
+
+def same_bits(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_reward_rises_and_metrics_have_trls_names(model_folder, tmp_path):
+    m = module(model_folder)
+    trainer(tmp_path, rollout(num_generations=8), RunReport(), max_steps=25).fit(m, data())
+    rows = rows_of(tmp_path)
+    rewards = [float(r["reward"]) for r in rows if r["reward"]]
+    assert len(rewards) == 25
+    assert sum(rewards[-5:]) > sum(rewards[:5]) * 2
+    expected = {
+        "loss",
+        "num_tokens",
+        "step_time",
+        "completions/mean_length",
+        "completions/min_length",
+        "completions/max_length",
+        "completions/clipped_ratio",
+        "completions/mean_terminated_length",
+        "rewards/vowels/mean",
+        "rewards/vowels/std",
+        "reward",
+        "reward_std",
+        "frac_reward_zero_std",
+        "entropy",
+        "clip_ratio/low_mean",
+        "clip_ratio/high_mean",
+        "clip_ratio/region_mean",
+        "sampling/sampling_logp_difference/mean",
+        "tokens_per_second",
+    }
+    assert expected <= set(rows[0])
+    assert max(float(r["sampling/sampling_logp_difference/max"]) for r in rows if r["reward"]) < 1e-4
+    assert (tmp_path / "adapter" / "adapter_config.json").is_file()
+    assert (tmp_path / "reward.png").read_bytes().startswith(b"\x89PNG")
+    tokens = [float(r["num_tokens"]) for r in rows if r["num_tokens"]]
+    assert tokens == sorted(tokens)
+
+
+@pytest.mark.parametrize("k", [2, 4])
+@pytest.mark.parametrize("name", ["grpo", "dr_grpo", "dapo"])
+def test_accumulation_does_not_change_the_step(model_folder, tmp_path, name, k):
+    results = []
+    for parts in (1, k):
+        m = module(model_folder, loss=LossConfig(name, kl_coef=0.05), optimizer=sgd)
+        trainer(tmp_path / str(parts), rollout(), accumulate_grad_batches=parts).fit(m, data())
+        results.append(weights(m))
+    for key, value in results[0].items():
+        torch.testing.assert_close(results[1][key], value, atol=2e-5, rtol=0)
+
+
+class Gradients(Callback):
+    """Keeps the gradient of the first optimizer step."""
+
+    def __init__(self):
+        self.found: dict[str, torch.Tensor] = {}
+
+    def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+        if not self.found:
+            self.found = {n: p.grad.clone() for n, p in pl_module.policy.trainable().items()}
+
+
+@pytest.mark.parametrize("name", ["grpo", "dr_grpo", "dapo"])
+def test_32_completions_split_1_2_4_give_one_gradient(model_folder, tmp_path, name):
+    grads = []
+    for k in (1, 2, 4):
+        seen = Gradients()
+        m = module(model_folder, loss=LossConfig(name))
+        settings = {"max_steps": 1, "accumulate_grad_batches": k}
+        trainer(tmp_path / str(k), rollout(num_generations=8), seen, **settings).fit(m, data())
+        grads.append(seen.found)
+    scale = max(1.0, max(g.abs().max().item() for g in grads[0].values()))
+    assert any(g.abs().max() > 1e-4 for g in grads[0].values())
+    for other in grads[1:]:
+        assert max((other[n] - g).abs().max().item() for n, g in grads[0].items()) <= 1e-6 * scale
+
+
+def test_bnpo_gradient_depends_on_the_split_and_says_so(model_folder, tmp_path):
+    grads = []
+    for k in (1, 4):
+        seen = Gradients()
+        with pytest.warns(UserWarning, match="depends on how a rollout is split"):
+            m = module(model_folder, loss=LossConfig("bnpo"))
+        trainer(tmp_path / str(k), rollout(), seen, max_steps=1, accumulate_grad_batches=k).fit(m, data())
+        grads.append(seen.found)
+    assert max((grads[1][n] - g).abs().max().item() for n, g in grads[0].items()) > 1e-5
+
+
+def test_several_updates_per_rollout_use_old_logprobs(model_folder, tmp_path):
+    m = module(model_folder)
+    r = rollout(updates_per_rollout=2, num_iterations=2)
+    trainer(tmp_path, r, max_steps=8, accumulate_grad_batches=2).fit(m, data())
+    rows = [x for x in rows_of(tmp_path) if x["loss"]]
+    assert len(rows) == 8
+    # fresh samples after four optimizer steps: time/rollout is logged once per rollout and repeated in between
+    assert len({x["time/rollout"] for x in rows}) == 2
+
+
+def test_first_pass_after_an_update_clips_something(model_folder, tmp_path):
+    m = module(model_folder, optimizer=lambda p: torch.optim.SGD(p, lr=50.0), loss=LossConfig("grpo", clip_low=0.01, clip_high=0.01))
+    trainer(tmp_path, rollout(num_iterations=2), max_steps=2).fit(m, data())
+    first, second = [x for x in rows_of(tmp_path) if x["loss"]]
+    assert float(first["clip_ratio/region_mean"]) == 0
+    assert float(second["clip_ratio/region_mean"]) > 0
+
+
+@pytest.mark.parametrize("k", [1, 2])
+@pytest.mark.parametrize("updates", [1, 2])
+def test_resume_after_any_step_is_bitwise(model_folder, tmp_path, k, updates):
+    steps = 6
+
+    def run(root, ckpt_path=None, **saving):
+        m = module(model_folder, loss=LossConfig("dapo", kl_coef=0.02))
+        saver = ModelCheckpoint(root, filename="{step}", every_n_train_steps=1, save_top_k=-1)
+        t = trainer(root, rollout(updates_per_rollout=updates), saver, max_steps=steps, accumulate_grad_batches=k)
+        torch.manual_seed(99 if ckpt_path else 0)
+        t.fit(m, data(), ckpt_path=ckpt_path)
+        return weights(m)
+
+    whole = run(tmp_path / "whole")
+    saved = sorted((tmp_path / "whole").glob("*.ckpt"))
+    assert len(saved) == steps
+    for file in saved:
+        assert same_bits(run(tmp_path / f"from-{file.stem}", str(file)), whole), file.name
+
+
+def test_checkpoint_holds_what_trains_and_an_adapter_beside_it(model_folder, tmp_path):
+    m = module(model_folder)
+    trainer(tmp_path, rollout(), ModelCheckpoint(tmp_path, filename="x", every_n_train_steps=3)).fit(m, data())
+    saved = torch.load(tmp_path / "x.ckpt", weights_only=True)
+    assert set(saved["state_dict"]) == {f"policy.{n}" for n in m.policy.trainable()}
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(model_folder), tmp_path / "x-adapter")
+    ids = torch.tensor([[5, 6, 7]])
+    with m.policy.generating() as causal, torch.no_grad():
+        torch.testing.assert_close(loaded(input_ids=ids).logits, causal(input_ids=ids).logits)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"lora": {"r": 2, "lora_alpha": 8}}, r"model\.lora is .*'r': 4"),
+        ({"lora": None}, r"model\.lora"),
+    ],
+)
+def test_checkpoint_of_another_adapter_is_refused(model_folder, tmp_path, change, message):
+    saver = ModelCheckpoint(tmp_path, filename="x", every_n_train_steps=1)
+    trainer(tmp_path, rollout(), saver, max_steps=1).fit(module(model_folder), data())
+    with pytest.raises(ConfigError, match=message):
+        trainer(tmp_path / "b", rollout()).fit(module(model_folder, **change), data(), ckpt_path=tmp_path / "x.ckpt")
+
+
+def test_validation_logs_where_lightnings_callbacks_look(model_folder, tmp_path):
+    m = module(model_folder)
+    r = rollout(validation=ValidationConfig(pass_threshold=0.25, before_training=True))
+    stop = EarlyStopping("val/pass@1", patience=0, mode="min", check_on_train_epoch_end=False)
+    saver = ModelCheckpoint(tmp_path, monitor="val/reward", mode="max", filename="best")
+    settings = {"max_steps": 12, "val_check_interval": 2, "check_val_every_n_epoch": None}
+    t = trainer(tmp_path, r, stop, saver, SampleTable(every_n_steps=2), RunReport(), **settings)
+    t.fit(m, data(validation_split=4))
+    assert t.global_step < 12
+    assert (tmp_path / "best.ckpt").is_file()
+    rows = rows_of(tmp_path)
+    assert rows[0]["val/reward"]
+    assert {"val/pass@1", "val/rewards/vowels/mean", "val/completions/mean_length"} <= set(rows[0])
+    assert list((tmp_path / "completions").glob("*.parquet"))
+
+
+def test_validation_leaves_training_as_it_is(model_folder, tmp_path):
+    results = []
+    for limit in (0, 1.0):
+        m = module(model_folder)
+        settings = {"val_check_interval": 1, "check_val_every_n_epoch": None, "limit_val_batches": limit}
+        trainer(tmp_path / str(limit), rollout(), **settings).fit(m, data(validation_split=4))
+        results.append(weights(m))
+    assert same_bits(*results)
+
+
+def test_validate_test_and_predict_without_fit(model_folder, tmp_path):
+    m, r, d = module(model_folder), rollout(), data(validation_split=4, test_split=3)
+    (val,) = trainer(tmp_path, r).validate(m, d, verbose=False)
+    (test,) = trainer(tmp_path, r).test(m, d, verbose=False)
+    assert {"val/reward", "val/pass@1"} <= set(val)
+    assert {"test/reward", "test/pass@1"} <= set(test)
+    predicted = trainer(tmp_path, r).predict(m, d)
+    assert sum(len(p["completion"]) for p in predicted) == 3
+    assert {"prompt", "completion", "vowels", "reward"} <= set(predicted[0])
+
+
+def test_sampled_validation_estimates_pass_at_1(model_folder, tmp_path):
+    config = ValidationConfig(num_generations=4, sampling=SamplingParams(max_tokens=8), pass_threshold=0.1)
+    (val,) = trainer(tmp_path, rollout(validation=config)).validate(
+        module(model_folder), data(validation_split=4), verbose=False
+    )
+    assert 0 <= val["val/pass@1"] <= 1
+    assert (val["val/pass@1"] * 16) % 1 == pytest.approx(0, abs=1e-5)
+    with pytest.raises(ConfigError, match="num_generations is 4"):
+        ValidationConfig(num_generations=4)
+
+
+def test_replayed_rollouts_train_to_the_same_weights(model_folder, tmp_path):
+    first = module(model_folder)
+    trainer(tmp_path / "a", rollout(record_to=str(tmp_path / "record"))).fit(first, data())
+    second = module(model_folder)
+    trainer(tmp_path / "b", rollout(engine=ReplayEngine(str(tmp_path / "record")))).fit(second, data())
+    assert same_bits(weights(first), weights(second))
+
+
+def test_full_fine_tuning_with_reference(model_folder, tmp_path):
+    m = module(model_folder, lora=None, loss=LossConfig("grpo", kl_coef=0.1), optimizer=lambda p: torch.optim.SGD(p, lr=0.5))
+    trainer(tmp_path, rollout()).fit(m, data())
+    kl = [float(r["kl"]) for r in rows_of(tmp_path) if r["kl"]]
+    assert kl[0] == 0
+    assert kl[-1] > 0
+
+
+def test_bf16_true_keeps_fp32_adapters(model_folder, tmp_path):
+    m = module(model_folder)
+    trainer(tmp_path, rollout(), precision="bf16-true").fit(m, data())
+    assert m.policy.causal.dtype == torch.bfloat16
+    assert {p.dtype for p in m.policy.trainable().values()} == {torch.float32}
+    assert all(float(r["sampling/sampling_logp_difference/mean"]) < 0.1 for r in rows_of(tmp_path) if r["loss"])
+
+
+def test_dead_groups_are_skipped_without_changing_the_step(model_folder, tmp_path, monkeypatch):
+    from grpo_lightning.batch import RolloutBatch
+
+    def sparse(completions, prompts, **_):
+        return [0.0 if "say 1" in str(p) else c.count("e") / 4 for c, p in zip(completions, prompts, strict=True)]
+
+    results = []
+    for skip in (True, False):
+        if not skip:
+            monkeypatch.setattr(RolloutBatch, "without_dead_groups", lambda self: self)
+        m = module(model_folder)
+        trainer(tmp_path / str(skip), rollout(reward_funcs=[sparse]), max_steps=2).fit(m, data())
+        results.append(weights(m))
+    for name, value in results[0].items():
+        torch.testing.assert_close(results[1][name], value, atol=1e-5, rtol=0)
+
+
+def test_constant_reward_changes_nothing(model_folder, tmp_path):
+    m = module(model_folder)
+    m.configure_model()
+    before = weights(m)
+    trainer(tmp_path, rollout(reward_funcs=[lambda completions, **_: [1.0] * len(completions)])).fit(m, data())
+    assert same_bits(before, weights(m))
+    assert all(float(r["frac_reward_zero_std"]) == 1 for r in rows_of(tmp_path) if r["loss"])
+
+
+def test_a_stale_engine_is_an_error(model_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(HFEngine, "sync", lambda self, policy, version: setattr(self, "_policy", policy))
+    with pytest.raises(EngineError, match="serves policy version -1, but version 0"):
+        trainer(tmp_path, rollout()).fit(module(model_folder), data())
+
+
+def test_module_trains_on_plain_rollout_batches(model_folder, tmp_path):
+    from models import random_rollout
+
+    class Fixed(list):
+        pass
+
+    m = module(model_folder)
+    loader = Fixed([random_rollout(seed=i) for i in range(3)])
+    trainer(tmp_path).fit(m, loader)
+    assert len([r for r in rows_of(tmp_path) if r["loss"]]) == 3
+    with pytest.raises(ConfigError, match="add RolloutCallback"):
+        trainer(tmp_path / "b").fit(module(model_folder), data())
