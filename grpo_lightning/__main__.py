@@ -1,4 +1,4 @@
-"""`grpo-lightning`: answers --help and --version by itself, in no time; everything else is the Lightning CLI."""
+"""`grpo-lightning`: answers --help and --version by itself; the rest is the Lightning CLI."""
 
 import sys
 
@@ -17,7 +17,7 @@ commands:
 
 start here:
   grpo-lightning fit --config configs/quickstart.yaml
-  grpo-lightning fit --config configs/quickstart.yaml --config configs/loss/grpo.yaml --model.loss.kl_coef 0.01
+  grpo-lightning fit --config configs/quickstart.yaml --config configs/loss/grpo.yaml --trainer.max_steps 100
   grpo-lightning fit --config configs/quickstart.yaml --print_config
   grpo-lightning fit --help          every option, explained
 

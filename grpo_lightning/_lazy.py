@@ -6,7 +6,7 @@ from typing import Any
 
 
 def lazy(package: str, where: Mapping[str, str]) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
-    """Returns `__getattr__` and `__dir__` for a package whose public names live in the submodules `where` says."""
+    """Returns `__getattr__` and `__dir__` : public names live in the submodules that `where` names."""
 
     def get(name: str) -> Any:
         if name not in where:

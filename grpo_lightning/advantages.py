@@ -1,6 +1,6 @@
 """Advantages: how much better a completion is than its group. `ADVANTAGES` is the table of ways to say so.
 
-Computed once per rollout in float64 on whole groups; a group never spans ranks, `all_sum` adds moments over ranks.
+Computed once per rollout in float64 on whole groups, which never span ranks; `all_sum` adds over ranks.
 """
 
 from collections.abc import Callable
@@ -123,8 +123,8 @@ def compute_advantages(
 ) -> Tensor:
     """Returns advantages [S] float32, finite whatever comes in.
 
-    Unscorable completions get 0. Groups without variance get 0 by assignment, since subtracting a rounded mean
-    leaves a residue that the division by `eps` would blow up.
+    Unscorable completions get 0. Groups without variance get 0 by assignment: subtracting
+    a rounded mean leaves a residue that the division by `eps` would blow up.
 
     Args:
         name: a row of `ADVANTAGES`.

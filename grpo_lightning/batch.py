@@ -6,6 +6,9 @@ its completions follow it; the last token of a completion predicts nothing and t
 the model.
 """
 
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
+# (strict otherwise: torch leaves the types of tolist() and its like unknown)
+
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
@@ -14,7 +17,7 @@ import torch
 from torch import Tensor
 
 from grpo_lightning.errors import ConfigError
-from grpo_lightning.packing import RowStarts, balance, geometry, row_starts, runs
+from grpo_lightning.packing import RowStarts, balance, geometry, members_of, row_starts, runs, select
 
 Message = dict[str, Any]
 Prompt = str | list[Message]
@@ -42,7 +45,7 @@ class SamplingParams:
     repetition_penalty: float = 1.0
     max_tokens: int = 512
     regex: str | None = None
-    extra: dict[str, Any] = field(default_factory=dict)
+    extra: dict[str, Any] = field(default_factory=dict[str, Any])
 
     def __post_init__(self) -> None:
         bounds: tuple[tuple[str, bool, str], ...] = (
@@ -175,22 +178,19 @@ class RolloutBatch:
         """
         groups = list(group_ids)
         if groups != sorted(groups) or len(groups) != len(completions) or len(advantages) != len(groups):
-            raise ValueError(
-                "group_ids must be sorted and there must be one advantage and one group per completion"
-            )
+            raise ValueError("group_ids must be sorted, with one group and one advantage per completion")
         kept = [
             () if mask_truncated and c.finish_reason == "length" else tuple(c.token_ids) for c in completions
         ]
         lengths = tuple(len(ids) for ids in kept)
         prompt_lengths = tuple(len(ids) for ids in prompt_ids)
-        tokens: list[int] = []
-        members: list[list[int]] = [[] for _ in prompt_ids]
-        for s, g in enumerate(groups):
-            members[g].append(s)
-        for g, prompt in enumerate(prompt_ids):
-            tokens.extend(prompt)
-            for s in members[g]:
-                tokens.extend(kept[s][:-1])
+        members = members_of(groups, len(prompt_ids))
+        tokens = [
+            t
+            for p, m in zip(prompt_ids, members, strict=True)
+            for x in (p, *(kept[s][:-1] for s in m))
+            for t in x
+        ]
         group_tokens = torch.tensor([sum(lengths[s] for s in m) for m in members], dtype=torch.int64)
         sampled = all(c.logprobs is not None for c in completions) and bool(completions)
         logprobs = [
@@ -238,19 +238,8 @@ class RolloutBatch:
         return replace(self, **moved)
 
     def take(self, sequences: Sequence[int]) -> "RolloutBatch":
-        """Returns the completions `sequences` (sorted) with their prompts; totals stay those of the window."""
-        groups = sorted({self.host_groups[s] for s in sequences})
-        starts = self.row_starts()
-        token_starts = [0, *torch.tensor(self.lengths, dtype=torch.int64).cumsum(0).tolist()]
-        rows: list[int] = []
-        by_group: dict[int, list[int]] = {g: [] for g in groups}
-        for s in sequences:
-            by_group[self.host_groups[s]].append(s)
-        for g in groups:
-            rows.extend(range(starts.prompts[g], starts.prompts[g] + self.prompt_lengths[g]))
-            for s in by_group[g]:
-                rows.extend(range(starts.completions[s], starts.completions[s] + max(self.lengths[s] - 1, 0)))
-        tokens = [n for s in sequences for n in range(token_starts[s], token_starts[s + 1])]
+        """Returns the completions `sequences` (sorted) and their prompts; totals stay the window's."""
+        groups, rows, tokens = select(self.prompt_lengths, self.lengths, self.host_groups, sequences)
         lengths = tuple(self.lengths[s] for s in sequences)
         prompt_lengths = tuple(self.prompt_lengths[g] for g in groups)
         renumbered = [groups.index(self.host_groups[s]) for s in sequences]
@@ -279,7 +268,7 @@ class RolloutBatch:
         )
 
     def split(self, m: int, *, whole_groups: bool = False) -> list["RolloutBatch"]:
-        """Returns exactly `m` micro-batches of this window, the heaviest as light as can be; some may be empty.
+        """Returns exactly `m` micro-batches, the heaviest as light as can be; some may be empty.
 
         The cost of a part is its T. Completions stay whole and in order; with `whole_groups`, so do groups.
         """
@@ -288,7 +277,7 @@ class RolloutBatch:
         return [self.take(part) for part in balance(units, groups, self.lengths, self.prompt_lengths, m)]
 
     def windows(self, u: int) -> list["RolloutBatch"]:
-        """Returns `u` windows of whole groups, each with its own counts; `all_reduce_totals` adds other ranks'."""
+        """Returns `u` windows of whole groups, each with the counts of this rank."""
         groups = self.host_groups
         out = []
         for part in balance(runs(groups), groups, self.lengths, self.prompt_lengths, u):

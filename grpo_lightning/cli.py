@@ -12,7 +12,6 @@ import lightning.pytorch as pl
 import yaml
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 
-from grpo_lightning import __version__
 from grpo_lightning.callbacks.rollout import RolloutCallback
 from grpo_lightning.data.datamodule import PromptDataModule
 from grpo_lightning.errors import ConfigError, GRPOError
@@ -35,14 +34,16 @@ class Parser(LightningArgumentParser):
         """Prints one cause and one remedy."""
         if self.exit_on_error is False and ex is not None:
             raise ex
-        hints = [h for key in dict.fromkeys(_keys(message)) if (h := explain(key))]
+        unknown = "unrecognized" in message or "not accepted" in message or "not expected" in message
+        hints = [h for key in dict.fromkeys(_keys(message)) if unknown and (h := explain(key))]
         print(f"error: {' '.join(message.split())}", *hints, sep="\n  ", file=sys.stderr)
         raise SystemExit(2)
 
 
 def _keys(message: str) -> Iterator[str]:
     """Yields what looks like an option in a parser's message."""
-    yield from re.findall(r"--[\w.\-]+|['\"]([\w.\-]+)['\"]|(?<=[Kk]ey )[\w.]+", message)
+    for match in re.finditer(r"--[\w.\-]+|(?<=['\"])[\w.\-]+(?=['\"])", message):
+        yield match[0]
 
 
 class SaveConfig(SaveConfigCallback):
@@ -86,6 +87,7 @@ class CLI(LightningCLI):
         """Adds the rollout section and our defaults of the Trainer."""
         parser.add_lightning_class_args(RolloutCallback, "rollout")
         parser.set_defaults(TRAINER_DEFAULTS)
+        parser.usage = "grpo-lightning COMMAND [--config FILE ...] [--SECTION.KEY VALUE ...]"
 
     def _parse_ckpt_path(self) -> None:
         """Leaves the command line as it is: Lightning would let the checkpoint's values win."""
@@ -93,7 +95,8 @@ class CLI(LightningCLI):
 
 def run(argv: list[str]) -> int:
     """Runs one command; returns its exit code."""
-    # An empty list turns the built-in denylist (os, subprocess, eval, ...) into errors; by default it only warns.
+    # An empty list turns the built-in denylist (os, subprocess, eval, ...) into errors; by default it only
+    # warns.
     jsonargparse.set_parsing_settings(import_path_denylist=[])
     sys.path.insert(0, "") if "" not in sys.path else None
     try:
@@ -103,7 +106,7 @@ def run(argv: list[str]) -> int:
             PromptDataModule,
             save_config_callback=SaveConfig,
             parser_class=Parser,
-            parser_kwargs={"default_env": False, "version": __version__},
+            parser_kwargs={"prog": "grpo-lightning"},
             seed_everything_default=42,
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,

@@ -28,7 +28,7 @@ def needs_padding(config: Any) -> str | None:
 
 
 def register_packed_attention() -> None:
-    """Registers `PACKED` with transformers. It has no mask function, so transformers builds no mask for it."""
+    """Registers `PACKED` with transformers; without a mask function of that name it builds no mask."""
     from transformers import AttentionInterface
 
     AttentionInterface.register(PACKED, _attention)

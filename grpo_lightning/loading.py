@@ -40,7 +40,9 @@ def load_policy(
     if disable_dropout:
         _disable_dropout(causal)
     if gradient_checkpointing:
-        causal.gradient_checkpointing_enable({"use_reentrant": False})
+        # transformers 5.23 renames it and warns about the old name.
+        enable = getattr(causal, "activation_checkpointing_enable", causal.gradient_checkpointing_enable)
+        enable({"use_reentrant": False})
     model = causal
     if lora is not None:
         from peft import get_peft_model
@@ -49,7 +51,9 @@ def load_policy(
         model = get_peft_model(causal, lora)
     policy = Policy(model, tokenizer, keep_reference=keep_reference, chunk_rows=chunk_rows)
     if policy.padded_reason:
-        rank_zero_warn(f"{type(unwrap(model)).__name__} runs padded, not packed, because {policy.padded_reason}")
+        rank_zero_warn(
+            f"{type(unwrap(model)).__name__} runs padded, not packed, because {policy.padded_reason}"
+        )
     return policy
 
 
@@ -58,14 +62,17 @@ def _disable_dropout(model: torch.nn.Module) -> None:
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
         if isinstance(getattr(module, "attention_dropout", None), float):
-            module.attention_dropout = 0.0  # pyright: ignore[reportAttributeAccessIssue]
+            setattr(module, "attention_dropout", 0.0)  # noqa: B010 - a plain number, not a submodule
 
 
 def _check_lora(lora: Any) -> None:
     if lora.bias != "none":
-        raise ConfigError(f"model.lora.bias is {lora.bias!r}; it must be 'none': no engine serves trained biases")
+        raise ConfigError(
+            f"model.lora.bias is {lora.bias!r}; it must be 'none': no engine serves trained biases"
+        )
     if lora.lora_dropout:
         rank_zero_warn(
-            f"model.lora.lora_dropout is {lora.lora_dropout}: the ratio is not 1 on the first pass, and the gradient "
+            f"model.lora.lora_dropout is {lora.lora_dropout}: the ratio is not 1 on the first pass, and "
+            f"the gradient "
             "depends on how a rollout is split; 0 avoids both"
         )

@@ -23,7 +23,8 @@ def resolve_model(name: str) -> str:
     """Returns what `from_pretrained` takes for `name`; a GGUF file is converted once into the cache folder.
 
     Args:
-        name: a local folder, a `.gguf` file, `package:file.gguf` for a file inside an installed package, or a hub id.
+        name: a local folder, a `.gguf` file, `package:file.gguf` for a file inside an installed package, or a
+            hub id.
 
     Raises:
         ConfigError: the package or file is missing, or the name is none of these.
@@ -33,13 +34,16 @@ def resolve_model(name: str) -> str:
     path = Path(name).expanduser()
     if path.suffix == ".gguf":
         if not path.is_file():
-            raise ConfigError(f"model.model_name is {name!r}, but there is no such file; give an existing path")
+            raise ConfigError(
+                f"model.model_name is {name!r}, but there is no such file; give an existing path"
+            )
         return _from_gguf(path)
     if path.is_dir():
         return str(path)
     if not _HUB_ID.fullmatch(name) or name.startswith("."):
         raise ConfigError(
-            f"model.model_name is {name!r}: no such folder, and not a hub id like 'Qwen/Qwen2.5-0.5B-Instruct'"
+            f"model.model_name is {name!r}: no such folder, and not a hub id like "
+            f"'Qwen/Qwen2.5-0.5B-Instruct'"
         )
     return name
 
@@ -53,7 +57,9 @@ def _packaged_file(package: str, file: str) -> Path:
     spec = importlib.util.find_spec(package)
     if spec is None or not spec.submodule_search_locations:
         install = _INSTALL.get(package, f"pip install {package.replace('_', '-')}")
-        raise ConfigError(f"model.model_name needs the package {package!r}, which is not installed: {install}")
+        raise ConfigError(
+            f"model.model_name needs the package {package!r}, which is not installed: {install}"
+        )
     path = Path(next(iter(spec.submodule_search_locations)), file)
     if not path.is_file():
         there = ", ".join(sorted(p.name for p in path.parent.glob("*.gguf"))) or "no .gguf file"
@@ -66,14 +72,17 @@ def _from_gguf(path: Path) -> str:
     key = hashlib.sha256(f"{path.name}:{stat.st_size}:{int(stat.st_mtime)}".encode()).hexdigest()[:12]
     folder = cache_root() / "models" / f"{path.stem}-{key}"
     if not (folder / "config.json").is_file():
-        print(f"grpo-lightning: converting {path.name} ({stat.st_size >> 20} MiB), once, into {folder} ...", flush=True)
+        print(
+            f"grpo-lightning: converting {path.name} ({stat.st_size >> 20} MiB), once, into {folder} ...",
+            flush=True,
+        )
         _convert(path, folder)
         print("grpo-lightning: converted", flush=True)
     return str(folder)
 
 
 def _convert(path: Path, folder: Path) -> None:
-    """Writes the dequantised model as fp32 safetensors beside its tokenizer; the folder appears whole or not at all."""
+    """Writes the dequantised model as fp32 safetensors beside its tokenizer; whole or not at all."""
     if importlib.util.find_spec("gguf") is None:
         raise ConfigError(f'reading {path.name} needs gguf: pip install "grpo-lightning[demo]"')
     import torch
@@ -84,7 +93,8 @@ def _convert(path: Path, folder: Path) -> None:
     loaded = AutoModelForCausalLM.from_pretrained(path.parent, dtype=torch.float32, **source)
     config = AutoConfig.from_pretrained(path.parent, **source)
     config.__dict__.pop("quantization_config", None)
-    # transformers marks a model read from GGUF as quantised and refuses to save it; a fresh one holds the same numbers.
+    # transformers marks a model read from GGUF as quantised and refuses to save it; a fresh one holds the
+    # same numbers.
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     model.load_state_dict(loaded.state_dict())
     tokenizer = AutoTokenizer.from_pretrained(path.parent, **source)

@@ -1,4 +1,5 @@
-"""`GRPOModule`: the LightningModule. From a rollout to a loss; everything between prompt and rollout is elsewhere."""
+"""`GRPOModule`: the LightningModule. From a rollout to a loss; everything between prompt and rollout is
+elsewhere."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -36,7 +37,7 @@ class GRPOModule(pl.LightningModule):
     `configure_model`, after data and options have been checked.
 
     Args:
-        model_name: hub id, local folder, .gguf file, or `package:file.gguf` for a file inside an installed package.
+        model_name: hub id, folder, .gguf file, or `package:file.gguf` inside an installed package.
         loss: which loss is minimised.
         lora: fields of peft's LoraConfig, e.g. {r: 16, lora_alpha: 32}; null trains all weights.
         optimizer: any torch optimizer by class path, e.g. torch.optim.AdamW or bitsandbytes.optim.AdamW8bit.
@@ -52,7 +53,7 @@ class GRPOModule(pl.LightningModule):
     def __init__(
         self,
         model_name: str,
-        loss: LossConfig | None = None,
+        loss: LossConfig = LossConfig(),  # noqa: B008 - frozen
         lora: "dict[str, Any] | None" = None,
         optimizer: OptimizerCallable = _adamw,
         scheduler: LRSchedulerCallable | None = None,
@@ -65,7 +66,7 @@ class GRPOModule(pl.LightningModule):
     ) -> None:
         super().__init__()
         self.model_name = model_name
-        self.loss = loss or LossConfig()
+        self.loss = loss.resolve()
         self.lora = _lora_config(lora)
         self.make_optimizer = optimizer
         self.make_scheduler = scheduler
@@ -147,7 +148,7 @@ class GRPOModule(pl.LightningModule):
 
         Args:
             batch: a micro-batch on this module's device.
-            old: whether the policy's own are needed: it changes before this micro-batch trains for the last time.
+            old: whether the policy's own are needed, because it changes before this batch is used up.
         """
         with torch.no_grad():
             if old:
@@ -216,7 +217,9 @@ class GRPOModule(pl.LightningModule):
         self.configure_model()
         trained = {f"policy.{name}" for name in self.policy.trainable()}
         if missing := trained ^ set(checkpoint["state_dict"]):
-            raise ConfigError(f"--ckpt_path: weights do not match, e.g. {sorted(missing)[0]}; same model and lora?")
+            raise ConfigError(
+                f"--ckpt_path: weights do not match, e.g. {sorted(missing)[0]}; same model and lora?"
+            )
 
     def _identity(self) -> dict[str, Any]:
         lora = self.lora

@@ -28,6 +28,26 @@ def row_starts(prompt_lengths: Sequence[int], lengths: Sequence[int], groups: Se
     return RowStarts(prompts, completions)
 
 
+def select(
+    prompt_lengths: Sequence[int], lengths: Sequence[int], groups: Sequence[int], sequences: Sequence[int]
+) -> tuple[list[int], list[int], list[int]]:
+    """Returns the groups, the rows of T and the tokens of N that the completions `sequences` (sorted) need."""
+    starts = row_starts(prompt_lengths, lengths, groups)
+    first = [0]
+    for n in lengths:
+        first.append(first[-1] + n)
+    rows: list[int] = []
+    touched: list[int] = []
+    for s in sequences:
+        g = groups[s]
+        if not touched or touched[-1] != g:
+            touched.append(g)
+            rows.extend(range(starts.prompts[g], starts.prompts[g] + prompt_lengths[g]))
+        rows.extend(range(starts.completions[s], starts.completions[s] + max(lengths[s] - 1, 0)))
+    tokens = [n for s in sequences for n in range(first[s], first[s + 1])]
+    return touched, rows, tokens
+
+
 def geometry(
     prompt_lengths: Sequence[int], lengths: Sequence[int], groups: Sequence[int]
 ) -> dict[str, Tensor]:
@@ -59,6 +79,14 @@ def geometry(
         "target_rows": torch.tensor(targets, dtype=torch.int64),
         "sequence_ids": sequence_ids,
     }
+
+
+def members_of(groups: Sequence[int], count: int) -> list[list[int]]:
+    """Returns for each of `count` groups the indices of its members."""
+    out: list[list[int]] = [[] for _ in range(count)]
+    for s, g in enumerate(groups):
+        out[g].append(s)
+    return out
 
 
 def runs(groups: Sequence[int]) -> list[list[int]]:

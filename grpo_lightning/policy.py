@@ -1,4 +1,5 @@
-"""The policy: a Hugging Face causal LM, its LoRA adapter or full weights, its reference, and its packed forward."""
+"""The policy: a Hugging Face causal LM, its LoRA adapter or full weights, its reference, and its packed
+forward."""
 
 import json
 from collections.abc import Iterator, Mapping
@@ -11,7 +12,13 @@ from torch import Tensor, nn
 
 from grpo_lightning.batch import RolloutBatch
 from grpo_lightning.errors import ConfigError
-from grpo_lightning.layouts import PACKED, needs_padding, packed_hidden, padded_hidden, register_packed_attention
+from grpo_lightning.layouts import (
+    PACKED,
+    needs_padding,
+    packed_hidden,
+    padded_hidden,
+    register_packed_attention,
+)
 from grpo_lightning.ops import fused_linear_logprobs
 
 
@@ -27,7 +34,12 @@ class Policy(nn.Module):
     """
 
     def __init__(
-        self, causal: nn.Module, tokenizer: Any, *, keep_reference: bool = False, chunk_rows: int | None = None
+        self,
+        causal: nn.Module,
+        tokenizer: Any,
+        *,
+        keep_reference: bool = False,
+        chunk_rows: int | None = None,
     ) -> None:
         super().__init__()
         self.model = causal
@@ -78,7 +90,9 @@ class Policy(nn.Module):
 
     def _apply(self, fn: Any, recurse: bool = True) -> "Policy":
         """Keeps fp32 masters of what trains under `bf16-true`: small updates vanish in a bf16 weight."""
-        masters = {n: p.data for n, p in self.trainable().items() if p.dtype == torch.float32 and self.is_lora}
+        masters = {
+            n: p.data for n, p in self.trainable().items() if p.dtype == torch.float32 and self.is_lora
+        }
         super()._apply(fn, recurse)
         for name, p in self.trainable().items():
             if name in masters and p.dtype != torch.float32:
@@ -141,13 +155,19 @@ class Policy(nn.Module):
 
     def check_head(self) -> None:
         """Raises unless the head as this library runs it gives the model's own logits, on a few tokens."""
-        ids = torch.arange(8, device=self.causal.device)[None] % self.causal.config.get_text_config().vocab_size
+        ids = (
+            torch.arange(8, device=self.causal.device)[None] % self.causal.config.get_text_config().vocab_size
+        )
         with self.generating() as causal:
             theirs = causal(input_ids=ids).logits[0, :-1].float().log_softmax(-1)
             hidden = causal.get_decoder()(input_ids=ids).last_hidden_state[0, :-1]
             head = causal.get_output_embeddings()
             ours, _ = fused_linear_logprobs(
-                hidden, head.weight, ids[0, 1:], bias=getattr(head, "bias", None), **head_scaling(causal.config)
+                hidden,
+                head.weight,
+                ids[0, 1:],
+                bias=getattr(head, "bias", None),
+                **head_scaling(causal.config),
             )
         gap = (theirs.gather(1, ids[0, 1:, None])[:, 0] - ours).abs().max().item()
         if not gap < 0.2:
@@ -162,7 +182,7 @@ class Policy(nn.Module):
                 unwrap(model).set_attn_implementation(name)
 
     def _nothing(self, batch: RolloutBatch) -> Tensor:
-        """Returns [0, H], tied to every trainable parameter so that gradient reductions match across ranks."""
+        """Returns [0, H], tied to every trainable parameter, so that gradient reductions match."""
         head = self.causal.get_output_embeddings().weight
         tie = sum((p.sum() * 0 for p in self.trainable().values()), head.new_zeros(()))
         return head.new_zeros(0, head.shape[1]) + tie
@@ -173,7 +193,7 @@ def unwrap(model: Any) -> Any:
     return model.get_base_model() if hasattr(model, "peft_config") else model
 
 
-def head_scaling(config: Any) -> Mapping[str, float]:
+def head_scaling(config: Any) -> Mapping[str, Any]:
     """Returns how an architecture changes its logits, as arguments of `fused_linear_logprobs`."""
     text = config.get_text_config()
     out: dict[str, float] = {}

@@ -22,7 +22,9 @@ class WarmupCosine(LambdaLR):
         self, optimizer: Optimizer, total_steps: int, warmup_steps: int = 0, final_ratio: float = 0.0
     ) -> None:
         if not 0 <= warmup_steps < total_steps:
-            raise ConfigError(f"WarmupCosine.warmup_steps is {warmup_steps}; it must be in [0, total_steps={total_steps})")
+            raise ConfigError(
+                f"WarmupCosine.warmup_steps is {warmup_steps}; it must be in [0, total_steps={total_steps})"
+            )
 
         def ratio(step: int) -> float:
             if step < warmup_steps:

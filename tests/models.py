@@ -53,7 +53,9 @@ def random_rollout(
 
     lengths = torch.randint(0, longest + 1, (prompts * group,), generator=g).tolist()
     completions = [
-        Completion(token_ids=tokens(n), logprobs=[-1.0] * n, finish_reason="length" if n == longest else "stop")
+        Completion(
+            token_ids=tokens(n), logprobs=[-1.0] * n, finish_reason="length" if n == longest else "stop"
+        )
         for n in lengths
     ]
     settings: dict[str, Any] = {

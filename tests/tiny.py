@@ -11,7 +11,7 @@ CHAT_TEMPLATE = (
 
 
 def tiny_tokenizer(chat_template: str | None = CHAT_TEMPLATE) -> Any:
-    """Returns a tokenizer of 131 tokens: `<pad>` 0, `<eos>` 1, `<bos>` 2, then ASCII; all else becomes `?`."""
+    """Returns a tokenizer of 131 tokens: `<pad>` 0, `<eos>` 1, `<bos>` 2, then ASCII; all else is `?`."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 

@@ -13,7 +13,9 @@ class AdapterCheckpointIO(TorchCheckpointIO):
     Give it to the Trainer as a plugin; `grpo-lightning` does so by itself.
     """
 
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None
+    ) -> None:
         """Writes the checkpoint and, if it holds an adapter, the adapter's folder."""
         super().save_checkpoint(checkpoint, path, storage_options)
         config = checkpoint.get("grpo_lightning", {}).get("adapter_config")

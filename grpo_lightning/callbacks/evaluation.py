@@ -37,7 +37,8 @@ class ValidationConfig:
         greedy = self.sampling is None or self.sampling.temperature == 0
         if self.num_generations < 1 or (greedy and self.num_generations > 1):
             raise ConfigError(
-                f"rollout.validation.num_generations is {self.num_generations}; it must be 1 for greedy sampling, "
+                f"rollout.validation.num_generations is {self.num_generations}; it must be 1 for greedy "
+                f"sampling, "
                 "or set rollout.validation.sampling.temperature above 0"
             )
 
@@ -94,7 +95,8 @@ class Evaluation:
             ran = True
         if not ran:
             raise ConfigError(
-                "rollout.validation.before_training is set, but there is no validation data: set data.validation_split"
+                "rollout.validation.before_training is set, but there is no validation data: set "
+                "data.validation_split"
             )
         metrics = self.compute("val", module.device)
         for logger in trainer.loggers:

@@ -49,7 +49,10 @@ class RunReport(Callback):
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Notes the validation of the step."""
         if not trainer.sanity_checking:
-            self.note(trainer.global_step, {k: trainer.callback_metrics[k] for k in CURVES[1:] if k in trainer.callback_metrics})
+            self.note(
+                trainer.global_step,
+                {k: trainer.callback_metrics[k] for k in CURVES[1:] if k in trainer.callback_metrics},
+            )
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Writes everything; rank 0 only."""
@@ -63,7 +66,10 @@ class RunReport(Callback):
         print(f"saved {folder}")
         for name, points in self.history.items():
             if len(points) > 1:
-                print(f"{name}: {points[0][1]:.3f} (step {points[0][0]}) -> {points[-1][1]:.3f} (step {points[-1][0]})")
+                print(
+                    f"{name}: {points[0][1]:.3f} (step {points[0][0]}) -> {points[-1][1]:.3f} (step "
+                    f"{points[-1][0]})"
+                )
         if self.curve is not None:
             self._draw(root / self.curve)
 
@@ -77,7 +83,9 @@ class RunReport(Callback):
         axes = figure.add_subplot()
         for name, points in self.history.items():
             if points:
-                axes.plot(*zip(*points, strict=True), label=name, marker="o" if name.startswith("val/") else None)
+                axes.plot(
+                    *zip(*points, strict=True), label=name, marker="o" if name.startswith("val/") else None
+                )
         axes.set_xlabel("optimizer step")
         axes.grid(alpha=0.3)
         axes.legend()

@@ -1,24 +1,29 @@
 """`RolloutCallback`: before a micro-batch trains, it makes sure there is a rollout to train on."""
 
 import os
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from time import perf_counter
-from types import SimpleNamespace
 from typing import Any
 
 import lightning.pytorch as pl
-import torch
-from lightning.pytorch.callbacks import Callback, GradientAccumulationScheduler
+from lightning.pytorch.callbacks import Callback
 
-from grpo_lightning.advantages import ADVANTAGES
 from grpo_lightning.batch import PromptBatch, RolloutBatch, SamplingParams
 from grpo_lightning.callbacks.evaluation import Evaluation, ValidationConfig
 from grpo_lightning.callbacks.plan import print_plan
 from grpo_lightning.callbacks.state import batch_state, random_state, restore_batch, restore_random_state
-from grpo_lightning.errors import ConfigError, choices
+from grpo_lightning.callbacks.surroundings import (
+    Clock,
+    check_accumulation,
+    check_context,
+    check_counts,
+    check_sampling,
+    longest_prompt,
+    profiled,
+    trainer_state,
+)
+from grpo_lightning.errors import ConfigError
 from grpo_lightning.metrics import all_sum, gather, over_ranks
 from grpo_lightning.rewards.suite import Rewards
 from grpo_lightning.rollout.collect import Collector, Rollout
@@ -35,7 +40,8 @@ PROGRESS = {"reward", "completions/mean_length"}
 class RolloutCallback(Callback):
     """Samples, scores and packs completions, and deals them to the module as micro-batches.
 
-    One rollout feeds `accumulate_grad_batches * updates_per_rollout * num_iterations` micro-batches. Works with any
+    One rollout feeds `accumulate_grad_batches * updates_per_rollout * num_iterations` micro-batches. Works
+    with any
     LightningModule that has `policy`, `loss` and `score` as GRPOModule does.
 
     Args:
@@ -70,20 +76,10 @@ class RolloutCallback(Callback):
         seed: int | None = None,
         record_to: str | None = None,
     ) -> None:
-        for key, value, least in (
-            ("num_generations", num_generations, 2),
-            ("updates_per_rollout", updates_per_rollout, 1),
-            ("num_iterations", num_iterations, 1),
-        ):
-            if value < least:
-                why = ": a group of one has no signal" if key == "num_generations" else ""
-                raise ConfigError(f"rollout.{key} is {value}; it must be at least {least}{why}")
-        if sampling.temperature == 0:
-            raise ConfigError("rollout.sampling.temperature is 0; training needs > 0, e.g. 1.0 (greedy has no variety)")
-        if advantage is not None and advantage not in ADVANTAGES:
-            raise ConfigError(f"rollout.advantage is {choices(advantage, ADVANTAGES)}")
+        check_counts(num_generations, updates_per_rollout, num_iterations)
+        check_sampling(sampling, advantage)
         if engine is not None and not isinstance(engine, RolloutEngine):
-            raise ConfigError(f"rollout.engine is a {type(engine).__name__}; it lacks methods of RolloutEngine")
+            raise ConfigError(f"rollout.engine: {type(engine).__name__} lacks methods of RolloutEngine")
         self.engine: RolloutEngine = engine if engine is not None else HFEngine()
         self.rewards = Rewards(reward_funcs, reward_weights)
         self.num_generations, self.sampling = num_generations, sampling
@@ -95,47 +91,34 @@ class RolloutCallback(Callback):
         self.record_to = None if record_to is None else Path(record_to)
         self._parts: list[RolloutBatch] = []
         self._samples: dict[str, list[Any]] | None = None
-        self._clock = _Clock()
+        self._clock = Clock()
         self._num_tokens = 0.0
         self._restored_random: list[dict[str, Any]] | None = None
         self._started = False
         self._evaluation = Evaluation(self.validation, self.rewards.names)
 
-    # --- geometry ---
-
     def parts_per_rollout(self, trainer: pl.Trainer) -> int:
         """Returns M: how many micro-batches one rollout feeds. The prompt loader asks for it."""
         return trainer.accumulate_grad_batches * self.updates_per_rollout * self.num_iterations
 
-    # --- setting up ---
-
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Checks, before weights are loaded, that options, data and model fit together."""
-        if any(isinstance(c, GradientAccumulationScheduler) for c in trainer.callbacks):  # pyright: ignore
-            raise ConfigError(
-                "GradientAccumulationScheduler changes how many micro-batches a rollout has; "
-                "use trainer.accumulate_grad_batches"
-            )
-        context = getattr(pl_module, "context_length", None)
-        limits = {"rollout.sampling": self.sampling, "rollout.validation.sampling": self.validation.sampling}
-        longest = getattr(getattr(trainer, "datamodule", None), "longest_prompt", 0)
-        for key, sampling in limits.items():
-            if sampling is not None and context is not None and longest + sampling.max_tokens > context:
-                raise ConfigError(
-                    f"{key}.max_tokens is {sampling.max_tokens} and the longest prompt has {longest} tokens, "
-                    f"but the model takes {context} in all: lower max_tokens to {max(context - longest, 0)} or "
-                    "lower data.max_prompt_tokens"
-                )
+        check_accumulation(trainer)
+        for key, sampling in (("sampling", self.sampling), ("validation.sampling", self.validation.sampling)):
+            if sampling is not None:
+                check_context(trainer, pl_module, f"rollout.{key}", sampling)
+        columns = getattr(getattr(trainer, "datamodule", None), "columns", None)
+        if columns is not None:
+            self.rewards.check_columns(columns)
 
     def _start(self, trainer: pl.Trainer, module: Any) -> None:
         if self._started:
             return
-        longest = getattr(getattr(trainer, "datamodule", None), "longest_prompt", 0)
         self.engine.start(
             EngineContext(
                 policy=module.policy,
                 model_path=module.model_path,
-                max_model_len=longest + self.sampling.max_tokens,
+                max_model_len=longest_prompt(trainer) + self.sampling.max_tokens,
                 sampling=self.sampling,
                 world_size=trainer.world_size,
                 rank=trainer.global_rank,
@@ -155,8 +138,10 @@ class RolloutCallback(Callback):
         parts = self.parts_per_rollout(trainer)
         if int(trainer.num_training_batches) % parts:
             raise ConfigError(
-                f"an epoch has {trainer.num_training_batches} micro-batches, which is not a multiple of the {parts} "
-                "that one rollout feeds; change trainer.limit_train_batches or trainer.accumulate_grad_batches"
+                f"an epoch has {trainer.num_training_batches} micro-batches, which is not a multiple of "
+                f"the {parts} "
+                "that one rollout feeds; change trainer.limit_train_batches or "
+                "trainer.accumulate_grad_batches"
             )
         if trainer.is_global_zero:
             print_plan(self, trainer)
@@ -165,8 +150,6 @@ class RolloutCallback(Callback):
         if self._restored_random is not None:
             restore_random_state(self._restored_random[trainer.global_rank % len(self._restored_random)])
             self._restored_random = None
-
-    # --- the way of one step ---
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
@@ -245,8 +228,10 @@ class RolloutCallback(Callback):
         """`seed`, or seed_everything's, or 0."""
         return self.seed if self.seed is not None else int(os.environ.get("PL_GLOBAL_SEED", "0"))
 
-    def _collect(self, collector: Collector, prompts: PromptBatch, trainer: pl.Trainer, module: Any) -> Rollout:
-        """Synchronises lazily, then collects; the version of a policy is the number of optimizer steps behind it."""
+    def _collect(
+        self, collector: Collector, prompts: PromptBatch, trainer: pl.Trainer, module: Any
+    ) -> Rollout:
+        """Synchronises lazily, then collects; a policy's version is its number of optimizer steps."""
         version = trainer.global_step
         if self.engine.policy_version != version:
             with self._phase(trainer)("sync"):
@@ -256,9 +241,7 @@ class RolloutCallback(Callback):
         return rollout
 
     def _phase(self, trainer: pl.Trainer) -> Any:
-        return lambda name: _profiled(trainer, name)
-
-    # --- validation and test ---
+        return lambda name: profiled(trainer, name)
 
     def evaluate(self, trainer: pl.Trainer, module: Any, batch: PromptBatch) -> Rollout:
         """Returns a rollout with the sampling of validation; training state is left as it is."""
@@ -273,7 +256,12 @@ class RolloutCallback(Callback):
         return rollout
 
     def on_validation_batch_start(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
     ) -> None:
         """Samples and scores a validation batch."""
         self._evaluation.update(self.evaluate(trainer, pl_module, batch))
@@ -289,12 +277,15 @@ class RolloutCallback(Callback):
         self._evaluation.log(pl_module, "test", trainer)
 
     def on_predict_batch_start(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
     ) -> None:
         """Samples and scores; `predict_step` returns the samples."""
         self.evaluate(trainer, pl_module, batch)
-
-    # --- resume ---
 
     def state_dict(self) -> dict[str, Any]:
         """Returns random states and the unused rest of the rollout, of every rank; plain types only."""
@@ -310,44 +301,7 @@ class RolloutCallback(Callback):
         if any(p is not None for p in saved):
             if rank >= len(saved):
                 raise ConfigError(
-                    f"--ckpt_path was saved in the middle of a rollout by {len(saved)} ranks; resume it with as many"
+                    f"--ckpt_path was saved in the middle of a rollout by {len(saved)} ranks; resume it "
+                    f"with as many"
                 )
             self._parts = [restore_batch(p) for p in saved[rank] or []]
-
-
-@dataclass(slots=True)
-class _Clock:
-    """Seconds per optimizer step and tokens per second of a rollout."""
-
-    began: float = 0.0
-    last: float = 0.0
-    tokens: float = 0.0
-
-    def restart(self) -> None:
-        self.began = self.last = perf_counter()
-
-    def lap(self) -> float:
-        now = perf_counter()
-        elapsed, self.last = now - self.last, now
-        return elapsed
-
-    def rate(self) -> float:
-        return self.tokens / max(perf_counter() - self.began, 1e-9)
-
-
-@contextmanager
-def _profiled(trainer: pl.Trainer, name: str) -> Iterator[None]:
-    block: AbstractContextManager[Any] = trainer.profiler.profile(f"rollout/{name}")  # pyright: ignore
-    with block:
-        yield
-
-
-def trainer_state(trainer: pl.Trainer) -> SimpleNamespace:
-    """Returns what reward functions may read of the run; the names are transformers'."""
-    return SimpleNamespace(
-        global_step=trainer.global_step,
-        max_steps=trainer.max_steps,
-        epoch=trainer.current_epoch,
-        num_train_epochs=trainer.max_epochs,
-        log_history=[{k: float(v) for k, v in trainer.logged_metrics.items() if torch.as_tensor(v).numel() == 1}],
-    )

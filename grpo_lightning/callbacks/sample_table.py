@@ -52,7 +52,9 @@ class SampleTable(Callback):
             show(f"step {step}", batch.samples, self.rows, self.width, self.unique_prompts)
 
 
-def show(title: str, samples: Mapping[str, Sequence[Any]], rows: int, width: int, unique: bool = False) -> None:
+def show(
+    title: str, samples: Mapping[str, Sequence[Any]], rows: int, width: int, unique: bool = False
+) -> None:
     """Prints up to `rows` samples; numbers to three digits, texts cut to `width` characters."""
     from rich.console import Console
     from rich.table import Table

@@ -17,6 +17,7 @@ from grpo_lightning.errors import ConfigError, choices
 if TYPE_CHECKING:
     from datasets import IterableDataset
 
+STREAMING = ("streaming_length", "streaming_buffer")
 SLOW = 2000
 """rows from which on tokenising is announced"""
 STAGES = {
@@ -59,10 +60,10 @@ class PromptDataModule(LightningDataModule):
         max_prompt_tokens: longest prompt in tokens; null is no limit.
         overlong: what happens to longer prompts: `error`, `drop`, or `left-truncate`, which keeps their end.
         shuffle: whether each epoch has its own order.
-        seed: of that order; null is the seed of `seed_everything`, or 0.
+        seed: of the order of prompts; null is the seed of `seed_everything`, or 0.
         streaming: read rows while training, not before it; needs streaming_length and max_prompt_tokens.
         streaming_length: prompts that make one epoch of a stream.
-        streaming_buffer: rows among which a shuffled stream draws the next one; lost when a run is resumed.
+        streaming_buffer: rows of a stream that are held in memory and shuffled among themselves.
         allow_changed_data: resume although the dataset, its order or prompts_per_rollout has changed.
         tokenizer: null is the model's; give one to use the module without a Trainer.
 
@@ -134,7 +135,7 @@ class PromptDataModule(LightningDataModule):
     def _check(self) -> None:
         if self.overlong not in OVERLONG:
             raise ConfigError(f"data.overlong is {choices(self.overlong, OVERLONG)}")
-        for name in ("prompts_per_rollout", "validation_batch_size", "max_prompt_tokens", "streaming_length"):
+        for name in ("prompts_per_rollout", "validation_batch_size", "max_prompt_tokens", *STREAMING):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ConfigError(f"data.{name} is {value}; it must be at least 1")
         for name in ("streaming_length", "max_prompt_tokens"):
@@ -195,7 +196,8 @@ class PromptDataModule(LightningDataModule):
             "allow_changed_data": self.allow_changed_data,
         }
         if self.source.streaming:
-            loader = StreamingPromptLoader(self._make_stream(), fingerprint=self.source.name, **options)
+            fingerprint = f"{self.source.name} in blocks of {self.streaming_buffer}"
+            loader = StreamingPromptLoader(self._make_stream(), fingerprint=fingerprint, **options)
         else:
             prompts = self._ready("train")
             loader = PromptLoader(prompts, fingerprint=prompts.fingerprint, **options)
@@ -303,7 +305,8 @@ class PromptDataModule(LightningDataModule):
             self._stream_rows,
             self._encoder(),
             length=self.streaming_length or 0,
+            buffer_size=self.streaming_buffer,
+            shuffle=self.shuffle,
             seed=self.order_seed,
-            buffer_size=self.streaming_buffer if self.shuffle else 0,
             name=self.source.name,
         )

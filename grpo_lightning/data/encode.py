@@ -130,7 +130,7 @@ class Encoder:
         if getattr(self.tokenizer, "chat_template", None) is None:
             raise DataError(
                 f"{place}: the prompt is a list of messages, but the tokenizer {_name(self.tokenizer)} has "
-                "no chat template; train an instruction-tuned model, or make strings with data.prompt_template"
+                "no chat template; take an instruction-tuned model, or make texts with data.prompt_template"
             )
         try:
             return self.tokenizer.apply_chat_template(

@@ -32,6 +32,17 @@ def place_of(rows: object, index: int, name: str = "dataset") -> str:
 def read_files(paths: list[str], **options: Any) -> FileRows:
     """Returns the rows of all `paths`, in order; `options` go to `csv.DictReader`, JSON takes none."""
     rows = FileRows()
+    for place, row in _read(paths, options):
+        rows.add(place, row)
+    return rows
+
+
+def stream_files(paths: list[str], **options: Any) -> Iterator[Row]:
+    """Yields the rows that `read_files` returns, reading them one by one."""
+    return (row for _, row in _read(paths, options))
+
+
+def _read(paths: list[str], options: dict[str, Any]) -> Iterator[tuple[str, Row]]:
     for path in paths:
         read, allowed = FORMATS[Path(path).suffix.lower()]
         if unknown := sorted(set(options) - set(allowed)):
@@ -45,8 +56,7 @@ def read_files(paths: list[str], **options: Any) -> FileRows:
                     f"{place}: expected an object with named columns, got {type(row).__name__}; "
                     'write it as {"prompt": ...}'
                 )
-            rows.add(place, row)
-    return rows
+            yield place, row
 
 
 def is_file(dataset: object) -> bool:
@@ -72,7 +82,7 @@ def _read_jsonl(path: str) -> Iterator[tuple[str, Any]]:
         for number, line in enumerate(lines, start=1):
             if line.strip():
                 place = f"{path}:{number}"
-                yield place, _parse_json(line, place, "write one JSON object on each line")
+                yield place, _parse_json(line.rstrip(), place, "write one JSON object on each line")
 
 
 def _read_json(path: str) -> Iterator[tuple[str, Any]]:

@@ -112,7 +112,8 @@ class PromptLoader:
     def _take(self, mine: slice) -> list[EncodedPrompt]:
         """Returns this rank's prompts of the current rollout."""
         if self._order[0] != self.epoch:
-            self._order = (self.epoch, epoch_order(self.n, self.seed, self.epoch, self.shuffle))
+            order = permutation(self.n, self.seed, self.epoch) if self.shuffle else list(range(self.n))
+            self._order = (self.epoch, order)
         start = self.rollout * self.prompts_per_rollout
         return [self.prompts[i] for i in self._order[1][start : start + self.prompts_per_rollout][mine]]
 
@@ -139,8 +140,8 @@ class PromptLoader:
     def _identity(self) -> dict[str, Any]:
         """What the order depends on, by the name of the option or fact."""
         return {
-            "seed": self.seed if self.shuffle else None,
             "shuffle": self.shuffle,
+            "seed": self.seed if self.shuffle else None,
             "n": self.n,
             "prompts_per_rollout": self.prompts_per_rollout,
             "fingerprint": self.fingerprint,
@@ -218,13 +219,14 @@ def collate(items: Sequence[EncodedPrompt]) -> PromptBatch:
     )
 
 
-def epoch_order(n: int, seed: int, epoch: int, shuffle: bool = True) -> list[int]:
-    """Returns the order of `n` prompts in one epoch: a function of its arguments alone."""
-    if not shuffle:
-        return list(range(n))
-    # A hash, since seed + epoch would make epoch 1 of seed 0 the same as epoch 0 of seed 1.
-    mixed = int.from_bytes(hashlib.sha256(f"{seed}/{epoch}".encode()).digest()[:8])
-    return torch.randperm(n, generator=torch.Generator().manual_seed(mixed >> 1)).tolist()
+def permutation(n: int, *key: int) -> list[int]:
+    """Returns 0..n-1 in an order that is a function of the arguments alone, e.g. of seed and epoch."""
+    return torch.randperm(n, generator=torch.Generator().manual_seed(mix(*key))).tolist()
+
+
+def mix(*key: int) -> int:
+    """Returns a number of 56 bits; a sum would make epoch 1 of seed 0 the same as epoch 0 of seed 1."""
+    return int.from_bytes(hashlib.sha256("/".join(map(str, key)).encode()).digest()[:7])
 
 
 def check_world(prompts_per_rollout: int, world_size: int) -> None:

@@ -1,12 +1,13 @@
 """Where prompts come from: `load_rows` turns whatever `data.dataset` names into rows, dicts by column."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from grpo_lightning.data.files import ENDINGS, Row, check_exists, is_file, read_files
+from grpo_lightning.data.files import ENDINGS, Row, check_exists, is_file, read_files, stream_files
 from grpo_lightning.errors import ConfigError, DataError, choices
 from grpo_lightning.importing import import_object
 
@@ -118,33 +119,47 @@ def _check_path(path: str) -> None:
 def _load_files(source: Source) -> "Rows | IterableDataset":
     paths = paths_of(source.dataset)
     endings = {Path(path).suffix.lower() for path in paths}
-    if not source.streaming and ".parquet" not in endings:
+    if ".parquet" in endings:
+        if len(endings) > 1:
+            raise DataError(
+                f"data.dataset mixes {', '.join(sorted(endings))} files; convert them to one format"
+            )
+        return _load_parquet(source, paths)
+    if not source.streaming:
         return read_files(paths, **source.dataset_kwargs)
-    if len(endings) > 1:
-        raise DataError(
-            f"data.dataset: {', '.join(sorted(endings))} files cannot be read as one dataset; convert them"
-        )
-    builder = endings.pop()[1:].replace("jsonl", "json")
-    return _load_dataset(builder, source, "check the files", data_files=paths)
+    return _as_stream(partial(stream_files, paths, **source.dataset_kwargs))
+
+
+# Files go around `datasets.load_dataset`, which sends a request to the hub for local ones too.
+def _load_parquet(source: Source, paths: list[str]) -> "Rows | IterableDataset":
+    from datasets import Dataset, IterableDataset
+
+    kind = IterableDataset if source.streaming else Dataset
+    with _explained(source, "check the files and data.dataset_kwargs"):
+        return kind.from_parquet(paths, **source.dataset_kwargs)  # type: ignore[arg-type]  # paths are strings
 
 
 def _load_hub(source: Source) -> "Rows | IterableDataset":
-    remedy = f"check the names and the network, or give a local file ({', '.join(ENDINGS)})"
-    return _load_dataset(source.dataset, source, remedy, name=source.subset)
-
-
-def _load_dataset(path: str, source: Source, remedy: str, **options: Any) -> "Rows | IterableDataset":
     import datasets
+
+    options = {"name": source.subset, "split": source.split, "streaming": source.streaming}
+    remedy = f"check the names and the network, or give a local file ({', '.join(ENDINGS)})"
+    with _explained(source, remedy):
+        return datasets.load_dataset(source.dataset, **{**options, **source.dataset_kwargs})  # type: ignore[return-value]
+
+
+@contextmanager
+def _explained(source: Source, remedy: str) -> Iterator[None]:
+    """Turns what `datasets` raises into one line that names the dataset."""
     from datasets.exceptions import DatasetsError
 
-    given = {**options, "split": source.split, "streaming": source.streaming, **source.dataset_kwargs}
     try:
-        return datasets.load_dataset(path, **given)  # type: ignore[return-value]
+        yield
     except (DatasetsError, OSError, RuntimeError, TypeError, ValueError) as error:
-        reason = " ".join(str(error.__cause__ or error).split())[:300]
-        names = f"subset {source.subset}, split {source.split}"
+        reason = " ".join(str(error).split())[:300]
+        options = f"subset {source.subset}, split {source.split}"
         raise DataError(
-            f"data.dataset={source.name} ({names}) cannot be loaded: {reason}; {remedy}"
+            f"data.dataset={source.name} ({options}) cannot be loaded: {reason}; {remedy}"
         ) from error
 
 
@@ -169,9 +184,7 @@ def _load_gym(source: Source) -> "Rows":
 def _load_python(source: Source) -> "Rows | IterableDataset":
     function = import_object(source.dataset.removeprefix(PYTHON), "data.dataset")
     if source.streaming:
-        from datasets import IterableDataset
-
-        return IterableDataset.from_generator(partial(function, **source.dataset_kwargs))
+        return _as_stream(partial(function, **source.dataset_kwargs))
     try:
         return list(function(**source.dataset_kwargs))
     except TypeError as error:
@@ -197,16 +210,21 @@ def _load_nothing(source: Source) -> "Rows":
 
 
 def _as_stream(rows: Any) -> "IterableDataset":
+    """Returns rows, or a function that returns them anew each time, as a stream."""
     from datasets import Dataset, IterableDataset
 
     if isinstance(rows, IterableDataset):
         return rows
+    if isinstance(rows, Dataset):
+        return rows.to_iterable_dataset()
+    if isinstance(rows, partial):
+        return IterableDataset.from_generator(rows)
     if not hasattr(rows, "__len__"):
         raise ConfigError(
             f"data.dataset is a {type(rows).__name__}; with data.streaming: true "
             f"give a datasets.IterableDataset or {PYTHON}<generator function>"
         )
-    return (rows if isinstance(rows, Dataset) else Dataset.from_list(list(rows))).to_iterable_dataset()
+    return IterableDataset.from_generator(partial(iter, rows))
 
 
 @dataclass(frozen=True)

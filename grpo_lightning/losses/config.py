@@ -1,7 +1,7 @@
 """`LossConfig`: a recipe's name and what is changed about it."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, replace
 
 from grpo_lightning.errors import ConfigError, choices
 from grpo_lightning.importing import import_object
@@ -16,7 +16,7 @@ COMMON_DEFAULTS: Mapping[str, float] = {"clip_low": 0.2, "clip_high": 0.2}
 
 @dataclass(frozen=True)
 class LossConfig:
-    """Which loss is minimised. Fields left at null take the recipe's value.
+    """Which loss is minimised; what is left at null is the recipe's.
 
     Args:
         name: a recipe (grpo, bnpo, dr_grpo, dapo) or your own surrogate as `pkg.mod.func` or `file.py:func`.
@@ -47,14 +47,21 @@ class LossConfig:
     params: dict[str, float] = field(default_factory=dict[str, float])
 
     def __post_init__(self) -> None:
+        resolved = self.resolve()
+        if resolved is self:
+            self._check()
+
+    def resolve(self) -> "LossConfig":
+        """Returns the config with every null that the recipe fills filled; itself if there is none.
+
+        Raises:
+            ConfigError: `name` is not a recipe, or a value cannot work.
+        """
         recipe = self.recipe
-        parts = {"surrogate": recipe.surrogate, "ratio_level": recipe.ratio_level}
-        defaults = {**COMMON_DEFAULTS, **parts, "aggregation": recipe.aggregation, **recipe.defaults}
-        known = {f.name for f in fields(self)}
-        for key, value in defaults.items():
-            if key in known and getattr(self, key) is None:
-                object.__setattr__(self, key, value)
-        self._check()
+        parts = {name: getattr(recipe, name) for name in ("surrogate", "ratio_level", "aggregation")}
+        defaults = {**COMMON_DEFAULTS, **recipe.defaults, **parts}
+        missing = {key: value for key, value in defaults.items() if getattr(self, key) is None}
+        return replace(self, **missing) if missing else self
 
     @property
     def recipe(self) -> Recipe:
@@ -91,7 +98,8 @@ class LossConfig:
             (
                 "dual_clip",
                 self.dual_clip is None or self.dual_clip > 1 + self.clip_high,
-                f"null or above 1 + clip_high = {1 + self.clip_high:g}, or it would also cut positive advantages",
+                f"null or above 1 + clip_high = {1 + self.clip_high:g}, or it would also cut positive "
+                f"advantages",
             ),
             ("kl_coef", self.kl_coef >= 0, ">= 0"),
         )

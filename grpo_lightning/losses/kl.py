@@ -1,4 +1,5 @@
-"""Estimators of the KL divergence from the reference policy, per token: `x [N] = ref - policy -> [N]`, in nats."""
+"""Estimators of the KL divergence from the reference policy, per token: `x [N] = ref - policy -> [N]`, in
+nats."""
 
 from collections.abc import Callable
 

@@ -17,7 +17,7 @@ from grpo_lightning.stats import Stat, extreme, mean
 
 @dataclass(frozen=True, slots=True)
 class LossOutput:
-    """`loss`: this micro-batch's share of the window's loss, a scalar with gradient; `stats`: what is logged."""
+    """`loss`: this micro-batch's share of the window's loss, with gradient; `stats`: what is logged."""
 
     loss: Tensor
     stats: dict[str, Stat]
@@ -28,8 +28,8 @@ def policy_loss(
 ) -> LossOutput:
     """Returns sum_n w_n (l_n + kl_coef KL_n) - entropy_coef mean_window(H), and its statistics.
 
-    The shares of all micro-batches of a window, on all ranks, add up to the loss of the window. Under Lightning,
-    which divides by accumulated batches and averages over ranks, return `batch.totals.micro_batches * loss`.
+    The shares of all micro-batches of a window, on all ranks, add up to its loss. Lightning
+    divides by accumulated batches and DDP averages over ranks, so return `batch.totals.micro_batches * loss`.
 
     Args:
         logprobs: [N] of the policy being trained, with gradient, in nats.
@@ -40,6 +40,7 @@ def policy_loss(
     Raises:
         ValueError: `kl_coef` is not 0 and the batch has no `ref_logprobs`, or the entropy is missing.
     """
+    config = config.resolve()
     segments = Segments.of(batch)
     advantages = segments.spread(batch.advantages.to(logprobs.dtype))
     old = logprobs.detach() if batch.old_logprobs is None else batch.old_logprobs

@@ -1,4 +1,5 @@
-"""Ratio levels: which probability ratio a surrogate sees. One row each, `(log_ratio [N], segments) -> ratio [N]`."""
+"""Ratio levels: which probability ratio a surrogate sees. One row each, `(log_ratio [N], segments) -> ratio
+[N]`."""
 
 from collections.abc import Callable
 

@@ -37,7 +37,7 @@ class PackedLayout:
         return cls(tuple(zip([0, *ends][:-1], ends, strict=True)), segment_ids, position_ids)
 
     def group_masks(self, window: int | None) -> list[Tensor]:
-        """Returns P boolean masks [L, L], True where a row may look; `window` is the sliding window in tokens."""
+        """Returns P boolean masks [L, L], True where a row may look; `window` in tokens."""
         if window not in self.masks:
             self.masks[window] = [self._mask(start, end, window) for start, end in self.bounds]
         return self.masks[window]

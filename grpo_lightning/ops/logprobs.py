@@ -1,11 +1,16 @@
-"""Log-probabilities of chosen tokens straight from hidden states, chunk by chunk: no [N, V] tensor is ever made.
+"""Log-probabilities of chosen tokens straight from hidden states, chunk by chunk: no [N, V] tensor is ever
+made.
 
-With a frozen head the gradient of a log-probability with respect to its hidden row does not depend on the loss:
+With a frozen head the gradient of a log-probability with respect to its hidden row does not depend on the
+loss:
     u_n = d logp_n / d h_n = W^T (onehot(y_n) - softmax(z_n / tau)) / tau,
-so the forward builds U [N, H] while a chunk of logits is at hand, and the backward only scales its rows: two matrix
-multiplies for forward and backward, whatever the loss. A trainable head recomputes its chunks in the backward.
+so the forward builds U [N, H] while a chunk of logits is at hand, and the backward only scales its rows: two
+matrix
+multiplies for forward and backward, whatever the loss. A trainable head recomputes its chunks in the
+backward.
 """
 
+from functools import reduce
 from typing import Any
 
 import torch
@@ -28,7 +33,8 @@ def fused_linear_logprobs(
     entropy_grad: bool = False,
     chunk_rows: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Returns log-probabilities [N] and entropies [N] of softmax((hidden @ weight.T) / temperature), fp32, in nats.
+    """Returns log-probabilities [N] and entropies [N] of softmax((hidden @ weight.T) / temperature), fp32, in
+    nats.
 
     Near-certain tokens keep their precision: logp = -softplus(logsumexp of the others - own logit).
 
@@ -68,12 +74,14 @@ class _Head:
 
     __slots__ = ("chunk_rows", "logit_scale", "softcap", "temperature")
 
-    def __init__(self, temperature: float, softcap: float | None, logit_scale: float, chunk_rows: int) -> None:
+    def __init__(
+        self, temperature: float, softcap: float | None, logit_scale: float, chunk_rows: int
+    ) -> None:
         self.temperature, self.softcap, self.logit_scale = temperature, softcap, logit_scale
         self.chunk_rows = chunk_rows
 
     def logits(self, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Returns z [C, V] in fp32 (fp64 for fp64 inputs), tempered, and dz/d(raw logits) where it is not constant."""
+        """Returns z [C, V] in fp32 (fp64 for fp64 inputs), and dz/d(hidden @ W^T) if not constant."""
         z = _matmul_fp32(hidden, weight.T)
         if bias is not None:
             z += bias
@@ -100,7 +108,7 @@ def _matmul_fp32(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _row_values(z: Tensor, ids: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Returns logp, entropy, log-sum-exp and 1 - p_y, each [C], from tempered logits z [C, V] (left unchanged)."""
+    """Returns logp, entropy, log-sum-exp and 1 - p_y, each [C], from tempered logits z [C, V]."""
     own = z.gather(1, ids[:, None])
     others = z.scatter(1, ids[:, None], -torch.inf).logsumexp(1)
     own = own[:, 0]
@@ -114,7 +122,7 @@ def _row_values(z: Tensor, ids: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]
 def _logit_grad(
     z: Tensor, ids: Tensor, values: tuple[Tensor, Tensor, Tensor, Tensor], g: Tensor | None, e: Tensor | None
 ) -> Tensor:
-    """Returns g * d logp/dz + e * d entropy/dz, [C, V]; destroys z. A None coefficient contributes nothing."""
+    """Returns g * d logp/dz + e * d entropy/dz, [C, V]; destroys z. None is 0."""
     _, entropy, lse, rest = values
     logp = z.sub_(lse[:, None])
     p = logp.exp()
@@ -139,7 +147,7 @@ def _values(
 
 
 def _to_raw(dz: Tensor, slope: Tensor | None, head: _Head) -> Tensor:
-    """Returns the gradient with respect to hidden @ weight.T from that with respect to the tempered logits."""
+    """Returns the gradient at hidden @ weight.T from that at the tempered logits."""
     return dz.mul_(slope) if slope is not None else dz.mul_(head.logit_scale / head.temperature)
 
 
@@ -176,7 +184,7 @@ class _FrozenHead(torch.autograd.Function):
     def backward(ctx: Any, g: Tensor | None, e: Tensor | None) -> tuple[Tensor | None, ...]:
         u, v = ctx.saved_tensors
         parts = [k[:, None] * d for k, d in ((g, u), (e, v)) if k is not None and d is not None]
-        dh = sum(parts[1:], parts[0]).to(u.dtype) if parts else None
+        dh = reduce(torch.add, parts).to(u.dtype) if parts else None
         return dh, None, None, None, None, None
 
 

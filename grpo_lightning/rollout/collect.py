@@ -22,14 +22,15 @@ Phase = Callable[[str], AbstractContextManager[Any]]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rollout:
-    """What a rollout left: the packed batch of this rank, its statistics, and its samples for people to read."""
+    """What a rollout left: this rank's packed batch, statistics, and samples for people to read."""
 
     batch: RolloutBatch
     stats: dict[str, Stat]
     requests: list[Request]
     completions: list[list[Completion]]
     samples: dict[str, list[Any]]
-    """columns of S rows: prompt, completion, one per reward function, reward, advantage, and what rewards logged"""
+    """columns of S rows: prompt, completion, one per reward function, reward, advantage, and what rewards
+    logged"""
     scores: Scores
 
 

@@ -38,7 +38,7 @@ class EngineContext:
 class RolloutEngine(Protocol):
     """Samples completions from a policy that it is given; holds no training state.
 
-    `policy_version` is the version last given to `sync`; a rollout asserts that it is the version being trained.
+    `policy_version` is the version last given to `sync`; a rollout asserts that it is being trained.
     """
 
     policy_version: int

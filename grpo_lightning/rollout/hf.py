@@ -1,4 +1,5 @@
-"""`HFEngine`: samples from the live policy with transformers alone. The CPU path, and the oracle for other engines."""
+"""`HFEngine`: samples from the live policy with transformers alone. The CPU path, and the oracle for other
+engines."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -106,7 +107,9 @@ class _Decoder:
         seen = self._seen(logits)
         for position in range(self.sampling.max_tokens):
             u = torch.tensor(
-                uniforms([self.seeds[r] for r in self.rows], position), dtype=torch.float64, device=self.device
+                uniforms([self.seeds[r] for r in self.rows], position),
+                dtype=torch.float64,
+                device=self.device,
             )
             ids, logprobs = choose(logits, self.sampling, u, seen)
             alive = self._record(ids.tolist(), logprobs.tolist())

@@ -45,7 +45,9 @@ class ReplayEngine:
     def __init__(self, path: str) -> None:
         files = sorted(Path(path).glob("rollout-*.parquet"))
         if not files:
-            raise ConfigError(f"rollout.engine.path is {path!r}: no rollout-*.parquet there; record with rollout.record_to")
+            raise ConfigError(
+                f"rollout.engine.path is {path!r}: no rollout-*.parquet there; record with rollout.record_to"
+            )
         self.policy_version = -1
         self.path = path
         self._known: dict[tuple[int, int, int], tuple[list[int], Completion]] = {}
@@ -87,12 +89,14 @@ class ReplayEngine:
         key = (request.rollout_index, request.uid, sample)
         if key not in self._known:
             raise EngineError(
-                f"{self.path} has no sample {sample} of prompt {request.uid} in rollout {request.rollout_index}; "
+                f"{self.path} has no sample {sample} of prompt {request.uid} in rollout "
+                f"{request.rollout_index}; "
                 "replay with the data, seed and num_generations of the recording"
             )
         prompt_ids, completion = self._known[key]
         if prompt_ids != request.prompt_ids:
             raise EngineError(
-                f"{self.path} holds another prompt as number {request.uid}; replay with the data of the recording"
+                f"{self.path} holds another prompt as number {request.uid}; replay with the data of the "
+                f"recording"
             )
         return completion

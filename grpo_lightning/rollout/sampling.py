@@ -11,7 +11,7 @@ _MASK = (1 << 64) - 1
 
 
 def uniforms(seeds: Sequence[int], position: int) -> list[float]:
-    """Returns one number in (0, 1) per seed: a hash of (seed, position), so no generator state exists (splitmix64)."""
+    """Returns one number in (0, 1) per seed: splitmix64 of seed and position; there is no state."""
     return [(_mix(seed + (position + 1) * 0x9E3779B97F4A7C15) >> 11 | 1) / (1 << 53) for seed in seeds]
 
 

@@ -29,7 +29,11 @@ class VLLMEngine:
                 "rollout.engine is VLLMEngine, but vllm is not installed: "
                 'pip install "grpo-lightning[vllm]", or use grpo_lightning.rollout.HFEngine'
             )
-        self.gpu_memory_utilization, self.max_model_len, self.sleeps = gpu_memory_utilization, max_model_len, sleep
+        self.gpu_memory_utilization, self.max_model_len, self.sleeps = (
+            gpu_memory_utilization,
+            max_model_len,
+            sleep,
+        )
         self.policy_version = -1
 
     def start(self, context: EngineContext) -> None:

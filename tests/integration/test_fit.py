@@ -183,12 +183,17 @@ def test_several_updates_per_rollout_use_old_logprobs(model_folder, tmp_path):
     trainer(tmp_path, r, max_steps=8, accumulate_grad_batches=2).fit(m, data())
     rows = [x for x in rows_of(tmp_path) if x["loss"]]
     assert len(rows) == 8
-    # fresh samples after four optimizer steps: time/rollout is logged once per rollout and repeated in between
+    # fresh samples after four optimizer steps: time/rollout is logged once per rollout and repeated in
+    # between
     assert len({x["time/rollout"] for x in rows}) == 2
 
 
 def test_first_pass_after_an_update_clips_something(model_folder, tmp_path):
-    m = module(model_folder, optimizer=lambda p: torch.optim.SGD(p, lr=50.0), loss=LossConfig("grpo", clip_low=0.01, clip_high=0.01))
+    m = module(
+        model_folder,
+        optimizer=lambda p: torch.optim.SGD(p, lr=50.0),
+        loss=LossConfig("grpo", clip_low=0.01, clip_high=0.01),
+    )
     trainer(tmp_path, rollout(num_iterations=2), max_steps=2).fit(m, data())
     first, second = [x for x in rows_of(tmp_path) if x["loss"]]
     assert float(first["clip_ratio/region_mean"]) == 0
@@ -203,7 +208,9 @@ def test_resume_after_any_step_is_bitwise(model_folder, tmp_path, k, updates):
     def run(root, ckpt_path=None, **saving):
         m = module(model_folder, loss=LossConfig("dapo", kl_coef=0.02))
         saver = ModelCheckpoint(root, filename="{step}", every_n_train_steps=1, save_top_k=-1)
-        t = trainer(root, rollout(updates_per_rollout=updates), saver, max_steps=steps, accumulate_grad_batches=k)
+        t = trainer(
+            root, rollout(updates_per_rollout=updates), saver, max_steps=steps, accumulate_grad_batches=k
+        )
         torch.manual_seed(99 if ckpt_path else 0)
         t.fit(m, data(), ckpt_path=ckpt_path)
         return weights(m)
@@ -217,13 +224,17 @@ def test_resume_after_any_step_is_bitwise(model_folder, tmp_path, k, updates):
 
 def test_checkpoint_holds_what_trains_and_an_adapter_beside_it(model_folder, tmp_path):
     m = module(model_folder)
-    trainer(tmp_path, rollout(), ModelCheckpoint(tmp_path, filename="x", every_n_train_steps=3)).fit(m, data())
+    trainer(tmp_path, rollout(), ModelCheckpoint(tmp_path, filename="x", every_n_train_steps=3)).fit(
+        m, data()
+    )
     saved = torch.load(tmp_path / "x.ckpt", weights_only=True)
     assert set(saved["state_dict"]) == {f"policy.{n}" for n in m.policy.trainable()}
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(model_folder), tmp_path / "x-adapter")
+    loaded = PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(model_folder), tmp_path / "x-adapter"
+    )
     ids = torch.tensor([[5, 6, 7]])
     with m.policy.generating() as causal, torch.no_grad():
         torch.testing.assert_close(loaded(input_ids=ids).logits, causal(input_ids=ids).logits)
@@ -240,7 +251,9 @@ def test_checkpoint_of_another_adapter_is_refused(model_folder, tmp_path, change
     saver = ModelCheckpoint(tmp_path, filename="x", every_n_train_steps=1)
     trainer(tmp_path, rollout(), saver, max_steps=1).fit(module(model_folder), data())
     with pytest.raises(ConfigError, match=message):
-        trainer(tmp_path / "b", rollout()).fit(module(model_folder, **change), data(), ckpt_path=tmp_path / "x.ckpt")
+        trainer(tmp_path / "b", rollout()).fit(
+            module(model_folder, **change), data(), ckpt_path=tmp_path / "x.ckpt"
+        )
 
 
 def test_validation_logs_where_lightnings_callbacks_look(model_folder, tmp_path):
@@ -300,7 +313,12 @@ def test_replayed_rollouts_train_to_the_same_weights(model_folder, tmp_path):
 
 
 def test_full_fine_tuning_with_reference(model_folder, tmp_path):
-    m = module(model_folder, lora=None, loss=LossConfig("grpo", kl_coef=0.1), optimizer=lambda p: torch.optim.SGD(p, lr=0.5))
+    m = module(
+        model_folder,
+        lora=None,
+        loss=LossConfig("grpo", kl_coef=0.1),
+        optimizer=lambda p: torch.optim.SGD(p, lr=0.5),
+    )
     trainer(tmp_path, rollout()).fit(m, data())
     kl = [float(r["kl"]) for r in rows_of(tmp_path) if r["kl"]]
     assert kl[0] == 0
@@ -312,14 +330,18 @@ def test_bf16_true_keeps_fp32_adapters(model_folder, tmp_path):
     trainer(tmp_path, rollout(), precision="bf16-true").fit(m, data())
     assert m.policy.causal.dtype == torch.bfloat16
     assert {p.dtype for p in m.policy.trainable().values()} == {torch.float32}
-    assert all(float(r["sampling/sampling_logp_difference/mean"]) < 0.1 for r in rows_of(tmp_path) if r["loss"])
+    assert all(
+        float(r["sampling/sampling_logp_difference/mean"]) < 0.1 for r in rows_of(tmp_path) if r["loss"]
+    )
 
 
 def test_dead_groups_are_skipped_without_changing_the_step(model_folder, tmp_path, monkeypatch):
     from grpo_lightning.batch import RolloutBatch
 
     def sparse(completions, prompts, **_):
-        return [0.0 if "say 1" in str(p) else c.count("e") / 4 for c, p in zip(completions, prompts, strict=True)]
+        return [
+            0.0 if "say 1" in str(p) else c.count("e") / 4 for c, p in zip(completions, prompts, strict=True)
+        ]
 
     results = []
     for skip in (True, False):
@@ -336,7 +358,9 @@ def test_constant_reward_changes_nothing(model_folder, tmp_path):
     m = module(model_folder)
     m.configure_model()
     before = weights(m)
-    trainer(tmp_path, rollout(reward_funcs=[lambda completions, **_: [1.0] * len(completions)])).fit(m, data())
+    trainer(tmp_path, rollout(reward_funcs=[lambda completions, **_: [1.0] * len(completions)])).fit(
+        m, data()
+    )
     assert same_bits(before, weights(m))
     assert all(float(r["frac_reward_zero_std"]) == 1 for r in rows_of(tmp_path) if r["loss"])
 

@@ -125,7 +125,7 @@ def test_packed_attention_refuses_masks_and_missing_layouts():
     ids = torch.tensor([[5, 6, 7]])
     with pytest.raises(RuntimeError, match="no layout"):
         policy.causal(input_ids=ids)
-    with pytest.raises(RuntimeError, match="policy.generating"):
+    with pytest.raises(RuntimeError, match=r"policy\.generating"):
         policy.causal(input_ids=ids, attention_mask=torch.ones_like(ids))
 
 
@@ -185,7 +185,10 @@ def test_reference_of_full_weights_is_a_frozen_copy():
     assert torch.equal(reference, before)
     assert not torch.equal(after, before)
     assert not any("frozen" in name for name in policy.trainable())
-    with pytest.raises(ConfigError, match="keeps no reference"), Policy(tiny_llama(), tiny_tokenizer()).reference():
+    with (
+        pytest.raises(ConfigError, match="keeps no reference"),
+        Policy(tiny_llama(), tiny_tokenizer()).reference(),
+    ):
         pass
 
 
@@ -199,7 +202,9 @@ def test_full_weights_train_the_tied_head():
     hidden = padded_hidden(policy.causal.get_decoder(), b, 0)
     z = (hidden @ policy.causal.get_output_embeddings().weight.T).log_softmax(-1)
     z.gather(1, b.target_ids[:, None]).sum().backward()
-    torch.testing.assert_close(packed, policy.causal.get_output_embeddings().weight.grad, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(
+        packed, policy.causal.get_output_embeddings().weight.grad, atol=1e-4, rtol=1e-4
+    )
 
 
 def test_lora_masters_stay_fp32_in_a_bf16_model():

@@ -65,7 +65,9 @@ def test_split_keeps_every_token_once(m, whole_groups):
     for p in parts:
         assert p.num_tokens == len(p.input_ids)
         # what predicts a token is the token before it, in the part as in the whole
-        whole = {(s, t) for s, t in zip(p.input_ids[p.target_rows].tolist(), p.target_ids.tolist(), strict=True)}
+        whole = {
+            (s, t) for s, t in zip(p.input_ids[p.target_rows].tolist(), p.target_ids.tolist(), strict=True)
+        }
         everything = zip(b.input_ids[b.target_rows].tolist(), b.target_ids.tolist(), strict=True)
         assert whole <= set(everything)
 
@@ -123,7 +125,14 @@ def test_to_moves_every_tensor():
 
 @pytest.mark.parametrize(
     ("key", "value"),
-    [("temperature", -1), ("top_p", 0), ("top_k", -1), ("min_p", 2), ("max_tokens", 0), ("repetition_penalty", 0)],
+    [
+        ("temperature", -1),
+        ("top_p", 0),
+        ("top_k", -1),
+        ("min_p", 2),
+        ("max_tokens", 0),
+        ("repetition_penalty", 0),
+    ],
 )
 def test_sampling_bounds_name_the_key(key, value):
     with pytest.raises(ConfigError, match=rf"sampling\.{key} is {value}"):

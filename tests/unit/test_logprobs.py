@@ -103,7 +103,9 @@ def test_extreme_logits_are_finite():
 
 def saved_bytes(run):
     sizes = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.append(t.numel() * t.element_size()) or t, lambda t: t):
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda t: sizes.append(t.numel() * t.element_size()) or t, lambda t: t
+    ):
         run()
     return sum(sizes)
 

@@ -8,7 +8,15 @@ from models import random_rollout
 
 from grpo_lightning.batch import Completion, LossTotals, RolloutBatch
 from grpo_lightning.errors import ConfigError
-from grpo_lightning.losses import AGGREGATIONS, RATIO_LEVELS, RECIPES, SURROGATES, LossConfig, policy_loss, register_surrogate
+from grpo_lightning.losses import (
+    AGGREGATIONS,
+    RATIO_LEVELS,
+    RECIPES,
+    SURROGATES,
+    LossConfig,
+    policy_loss,
+    register_surrogate,
+)
 from grpo_lightning.stats import combine, values
 
 SPLIT_INVARIANT = [n for n, r in RECIPES.items() if AGGREGATIONS[r.aggregation].split_invariant]
@@ -136,7 +144,8 @@ def test_golden_bnpo_depends_on_the_split():
     b = replace(fixture(), totals=replace(fixture().totals, micro_batches=2))
     lp = OLD + RATIO.log()
     total = sum(
-        policy_loss(x, p, LossConfig("bnpo")).loss.item() for x, p in zip((lp[:3], lp[3:]), b.split(2), strict=True)
+        policy_loss(x, p, LossConfig("bnpo")).loss.item()
+        for x, p in zip((lp[:3], lp[3:]), b.split(2), strict=True)
     )
     assert total == pytest.approx(-0.19375)
 
@@ -174,7 +183,7 @@ def test_any_split_gives_one_gradient(name, seed, m):
 def test_ratio_one_is_reinforce(name, level):
     b = random_rollout(seed=3)
     lp = -torch.rand(len(b.target_ids), dtype=torch.float64)
-    config = LossConfig(name, ratio_level=level)
+    config = LossConfig(name, ratio_level=level).resolve()
     g = gradient(b, config, lp)
     from grpo_lightning.losses.segments import Segments
 
@@ -187,7 +196,9 @@ def test_ratio_one_is_reinforce(name, level):
 def test_gradcheck(name, level):
     b = random_rollout(seed=5)
     n = len(b.target_ids)
-    b = replace(b, old_logprobs=-torch.rand(n, dtype=torch.float64), ref_logprobs=-torch.rand(n, dtype=torch.float64))
+    b = replace(
+        b, old_logprobs=-torch.rand(n, dtype=torch.float64), ref_logprobs=-torch.rand(n, dtype=torch.float64)
+    )
     lp = (-torch.rand(n, dtype=torch.float64)).requires_grad_()
     config = LossConfig(name, ratio_level=level, kl_coef=0.05)
     if level == "sequence_token":  # its gradient is not that of its value, by definition
@@ -225,7 +236,9 @@ def test_permuting_completions_permutes_gradients():
     a = gradient(fixture((3, 2), (0, 0), (1.0, -0.5)), LossConfig("grpo"), OLD + RATIO.log())
     order = [3, 4, 0, 1, 2]
     b = replace(fixture((2, 3), (0, 0), (-0.5, 1.0)), old_logprobs=OLD[order])
-    torch.testing.assert_close(gradient(b, LossConfig("grpo"), (OLD + RATIO.log())[order]), a[order], atol=1e-15, rtol=0)
+    torch.testing.assert_close(
+        gradient(b, LossConfig("grpo"), (OLD + RATIO.log())[order]), a[order], atol=1e-15, rtol=0
+    )
 
 
 def test_clip_fractions():

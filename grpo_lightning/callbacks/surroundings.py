@@ -1,0 +1,103 @@
+"""What a rollout needs to know of the Trainer around it."""
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from time import perf_counter
+from types import SimpleNamespace
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
+
+from grpo_lightning.advantages import ADVANTAGES
+from grpo_lightning.batch import SamplingParams
+from grpo_lightning.errors import ConfigError, choices
+
+
+def longest_prompt(trainer: pl.Trainer) -> int:
+    """Returns the tokens of the longest prompt the datamodule knows of; 0 if it does not say."""
+    return getattr(getattr(trainer, "datamodule", None), "longest_prompt", 0)
+
+
+def check_counts(num_generations: int, updates_per_rollout: int, num_iterations: int) -> None:
+    """Raises ConfigError if a count of the rollout section is too small."""
+    for key, value, least, why in (
+        ("num_generations", num_generations, 2, ": a group of one has no signal"),
+        ("updates_per_rollout", updates_per_rollout, 1, ""),
+        ("num_iterations", num_iterations, 1, ""),
+    ):
+        if value < least:
+            raise ConfigError(f"rollout.{key} is {value}; it must be at least {least}{why}")
+
+
+def check_sampling(sampling: SamplingParams, advantage: str | None) -> None:
+    """Raises ConfigError if training cannot sample like this, or the advantage is unknown."""
+    if sampling.temperature == 0:
+        raise ConfigError(
+            "rollout.sampling.temperature is 0; training needs > 0, e.g. 1.0 (greedy has no variety)"
+        )
+    if advantage is not None and advantage not in ADVANTAGES:
+        raise ConfigError(f"rollout.advantage is {choices(advantage, ADVANTAGES)}")
+
+
+def check_context(trainer: pl.Trainer, module: Any, key: str, sampling: SamplingParams) -> None:
+    """Raises ConfigError if the longest prompt and completion do not fit into the model together."""
+    context, longest = getattr(module, "context_length", None), longest_prompt(trainer)
+    if context is not None and longest + sampling.max_tokens > context:
+        raise ConfigError(
+            f"{key}.max_tokens is {sampling.max_tokens} and the longest prompt has {longest} tokens, "
+            f"but the model "
+            f"takes {context} in all: lower {key}.max_tokens to {max(context - longest, 0)}, or "
+            "data.max_prompt_tokens"
+        )
+
+
+def check_accumulation(trainer: pl.Trainer) -> None:
+    """Raises ConfigError if the number of micro-batches of an optimizer step is going to change."""
+    if any(isinstance(c, GradientAccumulationScheduler) for c in trainer.callbacks):  # pyright: ignore
+        raise ConfigError(
+            "GradientAccumulationScheduler changes how many micro-batches a rollout has; "
+            "use trainer.accumulate_grad_batches"
+        )
+
+
+@dataclass(slots=True)
+class Clock:
+    """Seconds per optimizer step and tokens per second of a rollout."""
+
+    began: float = 0.0
+    last: float = 0.0
+    tokens: float = 0.0
+
+    def restart(self) -> None:
+        self.began = self.last = perf_counter()
+
+    def lap(self) -> float:
+        now = perf_counter()
+        elapsed, self.last = now - self.last, now
+        return elapsed
+
+    def rate(self) -> float:
+        return self.tokens / max(perf_counter() - self.began, 1e-9)
+
+
+@contextmanager
+def profiled(trainer: pl.Trainer, name: str) -> Iterator[None]:
+    block: AbstractContextManager[Any] = trainer.profiler.profile(f"rollout/{name}")  # pyright: ignore
+    with block:
+        yield
+
+
+def trainer_state(trainer: pl.Trainer) -> SimpleNamespace:
+    """Returns what reward functions may read of the run; the names are transformers'."""
+    return SimpleNamespace(
+        global_step=trainer.global_step,
+        max_steps=trainer.max_steps,
+        epoch=trainer.current_epoch,
+        num_train_epochs=trainer.max_epochs,
+        log_history=[
+            {k: float(v) for k, v in trainer.logged_metrics.items() if torch.as_tensor(v).numel() == 1}
+        ],
+    )
