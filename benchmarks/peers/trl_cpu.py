@@ -1,0 +1,74 @@
+"""TRL's side of cpu_step.py; runs in an environment of its own with trl installed. Writes seconds and rewards per step."""
+
+import json
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[2]))  # the same reward functions score both sides
+
+
+def main(job_file: str) -> None:
+    job = json.loads(Path(job_file).read_text())
+    import torch
+    import transformers
+    import trl
+    from datasets import Dataset
+    from peft import LoraConfig
+    from transformers import TrainerCallback
+    from trl import GRPOConfig, GRPOTrainer
+
+    from grpo_lightning.rewards import FormatReward, math_answer
+
+    seconds: list[float] = []
+
+    class Clock(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            self.began = time.perf_counter()
+
+        def on_step_end(self, args, state, control, **kwargs):
+            seconds.append(time.perf_counter() - self.began)
+
+    config = GRPOConfig(
+        output_dir=job["out"] + ".trl",
+        max_steps=job["steps"],
+        per_device_train_batch_size=job["prompts"] * job["group"],
+        num_generations=job["group"],
+        max_completion_length=job["max_tokens"],
+        temperature=1.0,
+        learning_rate=job["lr"],
+        lr_scheduler_type="constant",
+        weight_decay=0.0,
+        max_grad_norm=1.0,
+        loss_type="dapo",
+        epsilon_high=0.28,
+        reward_weights=job["weights"],
+        gradient_checkpointing=False,
+        use_cpu=True,
+        bf16=False,
+        logging_steps=1,
+        save_strategy="no",
+        report_to="none",
+        seed=42,
+    )
+    trainer = GRPOTrainer(
+        model=job["model"],
+        reward_funcs=[math_answer, FormatReward(job["pattern"])],
+        args=config,
+        train_dataset=Dataset.from_list(job["rows"]),
+        peft_config=LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM"),
+        callbacks=[Clock()],
+    )
+    trainer.train()
+    history = [h for h in trainer.state.log_history if "reward" in h]
+    result = {
+        "seconds": seconds,
+        "reward": [h["reward"] for h in history],
+        "correct": [h["rewards/math_answer/mean"] for h in history],
+        "versions": {m.__name__: m.__version__ for m in (trl, transformers, torch)},
+    }
+    Path(job["out"]).write_text(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

@@ -1,0 +1,234 @@
+"""The command line as a person meets it: what it says when something is wrong, and how soon."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+from models import save_tiny
+from tiny import tiny_tokenizer
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return save_tiny(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture
+def base(model, tmp_path):
+    """A config that works, as a dict to break."""
+    rows = [{"prompt": [{"role": "user", "content": f"say {i}"}], "answer": str(i)} for i in range(12)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    return {
+        "seed_everything": 1,
+        "trainer": {
+            "accelerator": "cpu",
+            "devices": 1,
+            "max_steps": 2,
+            "default_root_dir": str(tmp_path / "run"),
+            "logger": False,
+            "enable_progress_bar": False,
+            "enable_model_summary": False,
+            "callbacks": [
+                {
+                    "class_path": "lightning.pytorch.callbacks.ModelCheckpoint",
+                    "init_args": {"dirpath": str(tmp_path / "ckpt"), "every_n_train_steps": 1, "save_last": True},
+                },
+                {"class_path": "grpo_lightning.callbacks.RunReport"},
+            ],
+        },
+        "model": {
+            "model_name": model,
+            "lora": {"r": 4},
+            "optimizer": {"class_path": "torch.optim.AdamW", "init_args": {"lr": 0.01}},
+        },
+        "data": {"dataset": str(tmp_path / "rows.jsonl"), "prompts_per_rollout": 4},
+        "rollout": {
+            "num_generations": 4,
+            "sampling": {"max_tokens": 6},
+            "reward_funcs": ["grpo_lightning.rewards.exact_match"],
+        },
+    }
+
+
+def call(config, tmp_path, *args, command="fit"):
+    """Returns (exit code, what was printed, seconds)."""
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    started = time.perf_counter()
+    done = subprocess.run(
+        [sys.executable, "-m", "grpo_lightning", command, "--config", str(tmp_path / "config.yaml"), *args],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        timeout=120,
+        check=False,
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"},
+    )
+    return done.returncode, done.stdout + done.stderr, time.perf_counter() - started
+
+
+def jsonl(tmp_path, *lines):
+    (tmp_path / "bad.jsonl").write_text("".join(f"{line}\n" for line in lines))
+    return str(tmp_path / "bad.jsonl")
+
+
+def put(config, key, value):
+    *path, last = key.split(".")
+    for part in path:
+        config = config.setdefault(part, {})
+    config[last] = value
+
+
+GOOD = '{"prompt": "a", "answer": "1"}'
+
+BAD = {
+    "empty dataset": (lambda t: {"data.dataset": jsonl(t)}, ["bad.jsonl", "empty"]),
+    "missing column": (
+        lambda t: {"data.prompt_column": "question"},
+        ["question", "prompt", "answer"],
+    ),
+    "malformed line": (lambda t: {"data.dataset": jsonl(t, GOOD, '{"prompt": ')}, ["bad.jsonl:2"]),
+    "prompt too long": (lambda t: {"data.max_prompt_tokens": 5}, ["max_prompt_tokens", "5", "drop", "left-truncate"]),
+    "group of one": (lambda t: {"rollout.num_generations": 1}, ["rollout.num_generations is 1", "at least 2"]),
+    "unknown loss": (lambda t: {"model.loss": {"name": "dapoo"}}, ["model.loss.name", "did you mean 'dapo'"]),
+    "unknown engine": (lambda t: {"rollout.engine": "HFEngin"}, ["rollout.engine", "HFEngin"]),
+    "tokenizer without chat template": (
+        lambda t: {"model.tokenizer": plain_tokenizer(t)},
+        ["chat template"],
+    ),
+    "prompt and completion over the context": (
+        lambda t: {"rollout.sampling.max_tokens": 250},
+        ["rollout.sampling.max_tokens is 250", "256", "lower"],
+    ),
+    "reward needs a column that is not there": (
+        lambda t: {"rollout.reward_funcs": [reward_file(t, "def f(completions, gold): return completions")]},
+        ["gold", "answer"],
+    ),
+    "option of another trainer": (lambda t: {"rollout.beta": 0.04}, ["model.loss.kl_coef"]),
+    "unknown key": (lambda t: {"data.promts_per_rollout": 4}, ["promts_per_rollout"]),
+    "reward from os": (lambda t: {"rollout.reward_funcs": ["os.system"]}, ["os.system"]),
+    "unknown lora field": (lambda t: {"model.lora": {"rank": 4}}, ["model.lora", "rank"]),
+    "vllm missing": (
+        lambda t: {"rollout.engine": {"class_path": "grpo_lightning.rollout.VLLMEngine"}},
+        ["grpo-lightning[vllm]"],
+    ),
+    "no such model": (lambda t: {"model.model_name": "./nowhere"}, ["model.model_name", "no such folder"]),
+    "config from a URL": (lambda t: {"--config": "ftp://x/y.yaml"}, ["URL"]),
+}
+
+
+def plain_tokenizer(tmp_path):
+    tiny_tokenizer(chat_template=None).save_pretrained(tmp_path / "plain")
+    return str(tmp_path / "plain")
+
+
+def reward_file(tmp_path, text):
+    (tmp_path / "mine.py").write_text(text)
+    return f"{tmp_path / 'mine.py'}:f"
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_fails_at_once_with_one_message(name, base, tmp_path):
+    changes, expected = BAD[name]
+    args = []
+    for key, value in changes(tmp_path).items():
+        if key.startswith("--"):
+            args += [key, value]
+        else:
+            put(base, key, value)
+    code, text, seconds = call(base, tmp_path, *args)
+    assert code == 2, text
+    assert "Traceback" not in text
+    errors = [line for line in text.splitlines() if line.startswith("error:")]
+    assert len(errors) == 1, text
+    for word in expected:
+        assert word in text, text
+    assert "Loading weights" not in text
+    # Five seconds on a machine of its own; a test suite shares its two cores.
+    assert seconds < 10
+
+
+def test_a_reward_of_the_wrong_length_names_the_function_and_the_sample(base, tmp_path):
+    put(base, "rollout.reward_funcs", [reward_file(tmp_path, "def f(completions, **_): return [1.0]")])
+    code, text, _ = call(base, tmp_path)
+    assert code == 1
+    assert "Traceback" not in text
+    (error,) = [line for line in text.splitlines() if line.startswith("error:")]
+    assert "'f'" in error
+    assert "16" in text
+
+
+def test_fit_resume_validate_and_predict(base, tmp_path):
+    code, text, _ = call(base, tmp_path)
+    assert code == 0, text
+    assert "batch plan" in text
+    assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").is_file()
+    code, text, _ = call(
+        base, tmp_path, "--ckpt_path", "last", "--trainer.max_steps", "4", "--model.optimizer.init_args.lr", "0.005"
+    )
+    assert code == 0, text
+    assert "+    max_steps: 4" in text.replace("+  max_steps", "+    max_steps")
+    assert "lr: 0.005" in text
+    put(base, "data.validation_split", 4)
+    code, text, _ = call(base, tmp_path, command="validate")
+    assert code == 0, text
+    assert "val/pass@1" in text
+
+
+def test_the_command_line_wins_over_the_checkpoint(base, tmp_path):
+    import torch
+
+    assert call(base, tmp_path)[0] == 0
+    last = str(tmp_path / "ckpt" / "last.ckpt")
+    args = ["--ckpt_path", last, "--trainer.max_steps", "3", "--model.loss.clip_low", "0.1"]
+    code, text, _ = call(base, tmp_path, *args)
+    assert code == 0, text
+    assert "clip_low: 0.1" in text
+    assert torch.load(last, weights_only=True)["global_step"] == 3
+
+
+def test_print_config_shows_every_default(base, tmp_path):
+    code, text, _ = call(base, tmp_path, "--print_config")
+    assert code == 0
+    shown = yaml.safe_load(text)
+    assert shown["trainer"]["log_every_n_steps"] == 1
+    assert shown["model"]["loss"]["kl_coef"] == 0.0
+    assert shown["rollout"]["sampling"]["temperature"] == 1.0
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").rglob("*.yaml")), ids=lambda p: p.stem)
+def test_every_shipped_config_parses(path, tmp_path):
+    """Overlays on top of the quickstart; a config by itself where it is whole."""
+    args = ["--config", str(path)]
+    if path.parent.name == "loss":
+        args = ["--config", "configs/quickstart.yaml", *args]
+    done = subprocess.run(
+        [sys.executable, "-m", "grpo_lightning", "fit", *args, "--print_config"],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    shown = yaml.safe_load(done.stdout)
+    if path.parent.name == "loss":
+        assert shown["model"]["loss"]["name"] == path.stem
+
+
+def test_qwen_without_vllm_fails_with_one_line(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-m", "grpo_lightning", "fit", "--config", "qwen", "--trainer.accelerator", "cpu"],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert [line for line in done.stderr.splitlines() if "grpo-lightning[vllm]" in line]
+    assert "Traceback" not in done.stderr
