@@ -34,7 +34,7 @@ class Parser(LightningArgumentParser):
         """Prints one cause and one remedy."""
         if self.exit_on_error is False and ex is not None:
             raise ex
-        unknown = "unrecognized" in message or "not accepted" in message or "not expected" in message
+        unknown = re.search(r"unrecognized|not (accept|expect)", message)
         hints = [h for key in dict.fromkeys(_keys(message)) if unknown and (h := explain(key))]
         print(f"error: {' '.join(message.split())}", *hints, sep="\n  ", file=sys.stderr)
         raise SystemExit(2)
@@ -89,6 +89,12 @@ class CLI(LightningCLI):
         parser.set_defaults(TRAINER_DEFAULTS)
         parser.usage = "grpo-lightning COMMAND [--config FILE ...] [--SECTION.KEY VALUE ...]"
 
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """Returns the commands; just the one that is called for, since building a parser takes a while."""
+        every = LightningCLI.subcommands()
+        return {k: v for k, v in every.items() if k in sys.argv[1:2]} or every
+
     def _parse_ckpt_path(self) -> None:
         """Leaves the command line as it is: Lightning would let the checkpoint's values win."""
 
@@ -111,10 +117,20 @@ def run(argv: list[str]) -> int:
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,
         )
-    except GRPOError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2 if isinstance(error, ConfigError) else 1
+    except Exception as error:
+        ours = _ours(error)
+        if ours is None:
+            raise
+        print(f"error: {ours}", file=sys.stderr)
+        return 2 if isinstance(ours, ConfigError) else 1
     return 0
+
+
+def _ours(error: BaseException | None) -> GRPOError | None:
+    """Returns the error of ours behind one that jsonargparse or Lightning made of it, if there is one."""
+    while error is not None and not isinstance(error, GRPOError):
+        error = error.__cause__
+    return error
 
 
 def find_configs(argv: list[str]) -> Iterator[str]:

@@ -3,6 +3,7 @@ elsewhere."""
 
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, cast
 
 import lightning.pytorch as pl
@@ -19,8 +20,6 @@ from grpo_lightning.models import resolve_model
 from grpo_lightning.stats import Stat, combine
 
 if TYPE_CHECKING:
-    from peft import LoraConfig
-
     from grpo_lightning.policy import Policy
 
 CHECKPOINT_FORMAT = 1
@@ -54,7 +53,7 @@ class GRPOModule(pl.LightningModule):
         self,
         model_name: str,
         loss: LossConfig = LossConfig(),  # noqa: B008 - frozen
-        lora: "dict[str, Any] | None" = None,
+        lora: dict[str, Any] | None = None,
         optimizer: OptimizerCallable = _adamw,
         scheduler: LRSchedulerCallable | None = None,
         gradient_checkpointing: bool = True,
@@ -67,7 +66,7 @@ class GRPOModule(pl.LightningModule):
         super().__init__()
         self.model_name = model_name
         self.loss = loss.resolve()
-        self.lora = _lora_config(lora)
+        self._lora = lora
         self.make_optimizer = optimizer
         self.make_scheduler = scheduler
         self.gradient_checkpointing = gradient_checkpointing
@@ -86,6 +85,15 @@ class GRPOModule(pl.LightningModule):
                 f"model.loss.aggregation {self.loss.aggregation!r} depends on how a rollout is split into "
                 "micro-batches; token_mean does not"
             )
+
+    @cached_property
+    def lora(self) -> Any:
+        """peft's LoraConfig, or None; made on first use, since importing peft takes a while."""
+        return _lora_config(self._lora)
+
+    def setup(self, stage: str) -> None:
+        """Checks the adapter's options before weights are loaded."""
+        _ = self.lora
 
     @property
     def model_path(self) -> str:
@@ -245,7 +253,7 @@ def _rollout_of(batch: RolloutBatch | PromptBatch) -> RolloutBatch:
     return rollout
 
 
-def _lora_config(lora: "dict[str, Any] | LoraConfig | None") -> Any:
+def _lora_config(lora: Any) -> Any:
     """Returns a LoraConfig; checks the names in a mapping, since peft's own message lists none."""
     if lora is None or not isinstance(lora, Mapping):
         return lora

@@ -107,7 +107,7 @@ class RolloutCallback(Callback):
         for key, sampling in (("sampling", self.sampling), ("validation.sampling", self.validation.sampling)):
             if sampling is not None:
                 check_context(trainer, pl_module, f"rollout.{key}", sampling)
-        columns = getattr(getattr(trainer, "datamodule", None), "columns", None)
+        columns = getattr(getattr(trainer, "datamodule", None), "columns_of_prompts", None)
         if columns is not None:
             self.rewards.check_columns(columns)
 

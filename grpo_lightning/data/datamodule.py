@@ -156,6 +156,11 @@ class PromptDataModule(LightningDataModule):
         return max((prompts.longest for prompts in self._prompts.values()), default=limit)
 
     @property
+    def columns_of_prompts(self) -> list[str] | None:
+        """Names of the columns that reach the reward functions; None of a stream, which is not read yet."""
+        return next((list(prompts.column_names) for prompts in self._prompts.values()), None)
+
+    @property
     def num_dropped(self) -> int:
         """Prompts left out for being overlong, so far."""
         return self._count("num_dropped")
@@ -281,8 +286,8 @@ class PromptDataModule(LightningDataModule):
         )
 
     def _encode(self, split: str) -> None:
-        encoder = self._encoder()
         rows, indices, name = self.splits.select(split)
+        encoder = self._encoder()
         if len(indices) > SLOW:
             rank_zero_info(f"{name}: tokenising {len(indices)} prompts ({split})")
         self._prompts[split] = encoder.encode_all(rows, indices, name)

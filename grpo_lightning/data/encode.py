@@ -107,8 +107,9 @@ class Encoder:
             out.ids.append(array("i", kept))
             digest.update(out.ids[-1].tobytes() + _stable(columns))
         if not out.uids:
+            left = f"all {out.num_dropped} prompts are longer than data.max_prompt_tokens"
             raise DataError(
-                f"{name} has no prompt ({out.num_dropped} were longer than data.max_prompt_tokens); "
+                f"{name}: {left if out.num_dropped else 'the dataset is empty'}; "
                 "give a dataset with at least one usable row"
             )
         out.fingerprint = digest.hexdigest()[:16]

@@ -38,7 +38,11 @@ def base(model, tmp_path):
             "callbacks": [
                 {
                     "class_path": "lightning.pytorch.callbacks.ModelCheckpoint",
-                    "init_args": {"dirpath": str(tmp_path / "ckpt"), "every_n_train_steps": 1, "save_last": True},
+                    "init_args": {
+                        "dirpath": str(tmp_path / "ckpt"),
+                        "every_n_train_steps": 1,
+                        "save_last": True,
+                    },
                 },
                 {"class_path": "grpo_lightning.callbacks.RunReport"},
             ],
@@ -94,8 +98,14 @@ BAD = {
         ["question", "prompt", "answer"],
     ),
     "malformed line": (lambda t: {"data.dataset": jsonl(t, GOOD, '{"prompt": ')}, ["bad.jsonl:2"]),
-    "prompt too long": (lambda t: {"data.max_prompt_tokens": 5}, ["max_prompt_tokens", "5", "drop", "left-truncate"]),
-    "group of one": (lambda t: {"rollout.num_generations": 1}, ["rollout.num_generations is 1", "at least 2"]),
+    "prompt too long": (
+        lambda t: {"data.max_prompt_tokens": 5},
+        ["max_prompt_tokens", "5", "drop", "left-truncate"],
+    ),
+    "group of one": (
+        lambda t: {"rollout.num_generations": 1},
+        ["rollout.num_generations is 1", "at least 2"],
+    ),
     "unknown loss": (lambda t: {"model.loss": {"name": "dapoo"}}, ["model.loss.name", "did you mean 'dapo'"]),
     "unknown engine": (lambda t: {"rollout.engine": "HFEngin"}, ["rollout.engine", "HFEngin"]),
     "tokenizer without chat template": (
@@ -170,7 +180,14 @@ def test_fit_resume_validate_and_predict(base, tmp_path):
     assert "batch plan" in text
     assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").is_file()
     code, text, _ = call(
-        base, tmp_path, "--ckpt_path", "last", "--trainer.max_steps", "4", "--model.optimizer.init_args.lr", "0.005"
+        base,
+        tmp_path,
+        "--ckpt_path",
+        "last",
+        "--trainer.max_steps",
+        "4",
+        "--model.optimizer.init_args.lr",
+        "0.005",
     )
     assert code == 0, text
     assert "+    max_steps: 4" in text.replace("+  max_steps", "+    max_steps")

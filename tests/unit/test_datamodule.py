@@ -135,7 +135,9 @@ def test_an_empty_dataset_is_refused(tmp_path):
     path = tmp_path / "empty.jsonl"
     path.write_text("\n")
     for dataset in ([], str(path)):
-        with pytest.raises(DataError, match=r"has no prompt .* give a dataset with at least one usable row"):
+        with pytest.raises(
+            DataError, match=r"the dataset is empty; give a dataset with at least one usable row"
+        ):
             data(dataset).setup("fit")
 
 

@@ -175,7 +175,7 @@ def test_overlong_prompts_are_an_error_or_dropped_or_truncated_and_counted():
     cut = encode(rows, max_prompt_tokens=4, overlong="left-truncate")
     assert TOKENIZER.decode(cut[1].prompt_ids) == "cdef"
     assert (cut.num_dropped, cut.num_truncated, cut.longest) == (0, 1, 4)
-    with pytest.raises(DataError, match=r"data has no prompt \(3 were longer"):
+    with pytest.raises(DataError, match=r"data: all 3 prompts are longer"):
         encode(rows, max_prompt_tokens=2, overlong="drop")
 
 
