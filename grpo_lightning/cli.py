@@ -1,8 +1,10 @@
 """The Lightning CLI with our three sections, configs found in the package, and errors of one line."""
 
 import difflib
+import logging
 import re
 import sys
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
@@ -99,8 +101,27 @@ class CLI(LightningCLI):
         """Leaves the command line as it is: Lightning would let the checkpoint's values win."""
 
 
+NOISE = (
+    "is_gradient_checkpointing",  # peft asks transformers by an old name
+    "isinstance\\(treespec",  # Lightning asks torch by an old name
+    "Total length of `list`",  # a datamodule without validation says so with an empty list
+    "does not have many workers",  # prompts need none
+    "in eval mode at the start of training",  # the frozen reference is meant to be
+    "You defined a `validation_step` but have no",  # validation is optional
+)
+"""warnings about other libraries' business; a user can do nothing about them"""
+
+
+def _hush() -> None:
+    for message in NOISE:
+        warnings.filterwarnings("ignore", f".*{message}")
+    log = logging.getLogger("lightning.pytorch.utilities.rank_zero")
+    log.addFilter(lambda record: "litlogger" not in record.getMessage())
+
+
 def run(argv: list[str]) -> int:
     """Runs one command; returns its exit code."""
+    _hush()
     # An empty list turns the built-in denylist (os, subprocess, eval, ...) into errors; by default it only
     # warns.
     jsonargparse.set_parsing_settings(import_path_denylist=[])

@@ -210,6 +210,34 @@ def test_the_command_line_wins_over_the_checkpoint(base, tmp_path):
     assert torch.load(last, weights_only=True)["global_step"] == 3
 
 
+def test_kill_after_a_step_and_resume_is_bitwise(base, tmp_path):
+    put(base, "trainer.max_steps", 4)
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    for folder in (whole, killed):
+        folder.mkdir()
+
+    def into(folder):
+        put(base, "trainer.default_root_dir", str(folder))
+        base["trainer"]["callbacks"][0]["init_args"]["dirpath"] = str(folder / "ckpt")
+
+    into(whole)
+    assert call(base, tmp_path)[0] == 0
+    into(killed)
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(base))
+    command = [sys.executable, "-m", "grpo_lightning", "fit", "--config", str(tmp_path / "config.yaml")]
+    run = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    last = killed / "ckpt" / "last.ckpt"
+    deadline = time.monotonic() + 60
+    while not last.is_file() and run.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.002)
+    run.kill()
+    assert run.wait() == -9, "the run ended before it could be killed"
+    code, text, _ = call(base, tmp_path, "--ckpt_path", str(last))
+    assert code == 0, text
+    name = "adapter/adapter_model.safetensors"
+    assert (killed / name).read_bytes() == (whole / name).read_bytes()
+
+
 def test_print_config_shows_every_default(base, tmp_path):
     code, text, _ = call(base, tmp_path, "--print_config")
     assert code == 0
@@ -249,3 +277,24 @@ def test_qwen_without_vllm_fails_with_one_line(tmp_path):
     assert done.returncode == 2
     assert [line for line in done.stderr.splitlines() if "grpo-lightning[vllm]" in line]
     assert "Traceback" not in done.stderr
+
+
+def test_every_place_that_options_name_exists(base, tmp_path):
+    from grpo_lightning.options import NOT_YET, WHERE
+
+    put(base, "rollout.engine", {"class_path": "grpo_lightning.rollout.VLLMEngine"})
+    shown = yaml.safe_load(call(base, tmp_path, "--print_config")[1])
+    shown["model"]["lora"] = dict.fromkeys(("r", "lora_alpha", "lora_dropout", "target_modules", "bias"))
+    shown["model"]["optimizer"].setdefault("init_args", {})
+    shown["model"]["model_kwargs"] = {"dtype": None}
+    checked = 0
+    for name, text in WHERE.items():
+        place = text.split(" ")[0].rstrip(";,")
+        if not place.startswith(("model.", "data.", "rollout.", "trainer.")) or place.startswith(NOT_YET):
+            continue
+        here = shown
+        for key in place.split("."):
+            assert key in here, f"{name} -> {place}"
+            here = here[key] if isinstance(here[key], dict) else {}
+        checked += 1
+    assert checked > 60
