@@ -42,7 +42,7 @@ WHERE: dict[str, str] = {
     # TRL GRPOConfig: vLLM
     "use_vllm": "rollout.engine.class_path (e.g. grpo_lightning.rollout.VLLMEngine)",
     "vllm_mode": (
-        "rollout.engine.class_path (colocate = grpo_lightning.rollout.VLLMEngine; there is no server engine yet)"
+        "rollout.engine.class_path (grpo_lightning.rollout.VLLMEngine for colocate; server is planned)"
     ),
     "vllm_model_impl": "rollout.engine.init_args.model_impl",
     "vllm_enable_sleep_mode": "rollout.engine.init_args.sleep (default true)",

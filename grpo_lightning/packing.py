@@ -31,7 +31,7 @@ def row_starts(prompt_lengths: Sequence[int], lengths: Sequence[int], groups: Se
 def select(
     prompt_lengths: Sequence[int], lengths: Sequence[int], groups: Sequence[int], sequences: Sequence[int]
 ) -> tuple[list[int], list[int], list[int]]:
-    """Returns the groups, the rows of T and the tokens of N that the completions `sequences` (sorted) need."""
+    """Returns the groups, rows of T and tokens of N that the completions `sequences` (sorted) need."""
     starts = row_starts(prompt_lengths, lengths, groups)
     first = [0]
     for n in lengths:

@@ -1,4 +1,4 @@
-"""Makes `tests/*.py` importable from every test, and keeps tiny models on one thread, where they are fastest."""
+"""Makes `tests/*.py` importable, and keeps tiny models on one thread, where they are fastest."""
 
 import os
 import sys

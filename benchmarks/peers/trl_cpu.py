@@ -1,4 +1,4 @@
-"""TRL's side of cpu_step.py; runs in an environment of its own with trl installed. Writes seconds and rewards per step."""
+"""TRL's side of cpu_step.py, in an environment of its own: seconds and rewards of every step."""
 
 import json
 import sys

@@ -1,7 +1,8 @@
 """Validation: rollouts of held-out prompts with their own sampling, as means over all ranks."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import lightning.pytorch as pl
 import torch
@@ -41,6 +42,15 @@ class ValidationConfig:
                 f"sampling, "
                 "or set rollout.validation.sampling.temperature above 0"
             )
+
+
+@runtime_checkable
+class Notes(Protocol):
+    """A callback that keeps curves; step 0 has no place in Lightning's own metrics."""
+
+    def note(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """Takes the metrics of one step."""
+        ...
 
 
 class Evaluation:
@@ -101,5 +111,8 @@ class Evaluation:
         metrics = self.compute("val", module.device)
         for logger in trainer.loggers:
             logger.log_metrics(metrics, step=0)
+        for callback in trainer.callbacks:  # pyright: ignore[reportAttributeAccessIssue]
+            if isinstance(callback, Notes):
+                callback.note(0, metrics)
         if trainer.is_global_zero:
             print("before training: " + ", ".join(f"{k} {v:.3f}" for k, v in metrics.items()), flush=True)

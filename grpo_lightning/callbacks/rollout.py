@@ -93,7 +93,7 @@ class RolloutCallback(Callback):
         self._samples: dict[str, list[Any]] | None = None
         self._clock = Clock()
         self._num_tokens = 0.0
-        self._restored_random: list[dict[str, Any]] | None = None
+        self._restored: dict[str, Any] | None = None
         self._started = False
         self._evaluation = Evaluation(self.validation, self.rewards.names)
 
@@ -147,9 +147,9 @@ class RolloutCallback(Callback):
             print_plan(self, trainer)
         if trainer.global_step == 0 and self.validation.before_training:
             self._evaluation.before_training(self, trainer, pl_module)
-        if self._restored_random is not None:
-            restore_random_state(self._restored_random[trainer.global_rank % len(self._restored_random)])
-            self._restored_random = None
+        if self._restored is not None:
+            self._put_back(self._restored, trainer)
+            self._restored = None
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
@@ -293,15 +293,16 @@ class RolloutCallback(Callback):
         return {"random": gather(random_state()), "parts": parts, "num_tokens": self._num_tokens}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Takes over what `state_dict` returned."""
-        self._restored_random = state_dict["random"]
-        self._num_tokens = state_dict["num_tokens"]
-        rank = int(os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0")))
-        saved = state_dict["parts"]
-        if any(p is not None for p in saved):
-            if rank >= len(saved):
-                raise ConfigError(
-                    f"--ckpt_path was saved in the middle of a rollout by {len(saved)} ranks; resume it "
-                    f"with as many"
-                )
-            self._parts = [restore_batch(p) for p in saved[rank] or []]
+        """Takes over what `state_dict` returned, as soon as training starts."""
+        self._restored = state_dict
+
+    def _put_back(self, state: dict[str, Any], trainer: pl.Trainer) -> None:
+        rank, saved = trainer.global_rank, state["parts"]
+        if any(p is not None for p in saved) and len(saved) != trainer.world_size:
+            raise ConfigError(
+                f"--ckpt_path was saved in the middle of a rollout by {len(saved)} ranks, now there are "
+                f"{trainer.world_size}; resume with as many, or from the end of a rollout"
+            )
+        self._num_tokens = state["num_tokens"]
+        self._parts = [restore_batch(p) for p in saved[rank % len(saved)] or []]
+        restore_random_state(state["random"][rank % len(state["random"])])

