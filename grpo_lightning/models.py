@@ -6,6 +6,8 @@ import os
 import re
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +48,19 @@ def resolve_model(name: str) -> str:
             f"'Qwen/Qwen2.5-0.5B-Instruct'"
         )
     return name
+
+
+@contextmanager
+def named(key: str, source: str) -> Iterator[None]:
+    """Turns what loading raises for a name that is not found or not reached into one line."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ConfigError(
+            f"{key} is {source!r}, which cannot be loaded: {reason[:200]}; give a local folder, or check the "
+            "name, the network and HF_TOKEN"
+        ) from error
 
 
 def cache_root() -> Path:

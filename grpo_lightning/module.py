@@ -16,7 +16,7 @@ from grpo_lightning.batch import PromptBatch, RolloutBatch
 from grpo_lightning.errors import ConfigError, GRPOError
 from grpo_lightning.losses import AGGREGATIONS, LossConfig, policy_loss
 from grpo_lightning.metrics import over_ranks
-from grpo_lightning.models import resolve_model
+from grpo_lightning.models import named, resolve_model
 from grpo_lightning.stats import Stat, combine
 
 if TYPE_CHECKING:
@@ -108,8 +108,12 @@ class GRPOModule(pl.LightningModule):
         if self._tokenizer is None:
             from transformers import AutoTokenizer
 
+            key = "model.tokenizer" if self.tokenizer_name else "model.model_name"
             source = self.tokenizer_name or self.model_path
-            self._tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=self.trust_remote_code)
+            with named(key, source):
+                self._tokenizer = AutoTokenizer.from_pretrained(
+                    source, trust_remote_code=self.trust_remote_code
+                )
         return self._tokenizer
 
     @property
@@ -117,7 +121,8 @@ class GRPOModule(pl.LightningModule):
         """Most tokens the model takes, prompt and completion; None where its config does not say."""
         from transformers import AutoConfig
 
-        config = AutoConfig.from_pretrained(self.model_path, trust_remote_code=self.trust_remote_code)
+        with named("model.model_name", self.model_path):
+            config = AutoConfig.from_pretrained(self.model_path, trust_remote_code=self.trust_remote_code)
         return getattr(config.get_text_config(), "max_position_embeddings", None)
 
     def configure_model(self) -> None:

@@ -90,7 +90,7 @@ class Evaluation:
         self.reset()
         return {key: value for key, value in out.items() if value == value}
 
-    def log(self, module: Any, prefix: str, trainer: pl.Trainer) -> None:
+    def log(self, module: Any, prefix: str) -> None:
         """Logs the means, where ModelCheckpoint and EarlyStopping find them."""
         metrics = self.compute(prefix, module.device)
         module.log_dict(metrics, batch_size=1)

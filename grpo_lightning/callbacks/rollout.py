@@ -18,6 +18,7 @@ from grpo_lightning.callbacks.surroundings import (
     check_accumulation,
     check_context,
     check_counts,
+    check_epoch,
     check_sampling,
     longest_prompt,
     profiled,
@@ -135,14 +136,7 @@ class RolloutCallback(Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Says what is going to happen, validates once, and puts restored random states in place."""
-        parts = self.parts_per_rollout(trainer)
-        if int(trainer.num_training_batches) % parts:
-            raise ConfigError(
-                f"an epoch has {trainer.num_training_batches} micro-batches, which is not a multiple of "
-                f"the {parts} "
-                "that one rollout feeds; change trainer.limit_train_batches or "
-                "trainer.accumulate_grad_batches"
-            )
+        check_epoch(trainer, self.parts_per_rollout(trainer))
         if trainer.is_global_zero:
             print_plan(self, trainer)
         if trainer.global_step == 0 and self.validation.before_training:
@@ -181,6 +175,7 @@ class RolloutCallback(Callback):
         self._start(trainer, module)
         started = perf_counter()
         rollout = self._collect(self.collector(trainer, module), prompts, trainer, module)
+        self.engine.sleep()
         self._samples = rollout.samples
         if self.record_to is not None:
             record(self.record_to, trainer.global_rank, rollout.requests, rollout.completions)
@@ -236,9 +231,7 @@ class RolloutCallback(Callback):
         if self.engine.policy_version != version:
             with self._phase(trainer)("sync"):
                 self.engine.sync(module.policy, version)
-        rollout = collector.collect(prompts, version, trainer_state(trainer))
-        self.engine.sleep()
-        return rollout
+        return collector.collect(prompts, version, trainer_state(trainer))
 
     def _phase(self, trainer: pl.Trainer) -> Any:
         return lambda name: profiled(trainer, name)
@@ -268,13 +261,15 @@ class RolloutCallback(Callback):
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Logs val/reward, val/pass@1 and the means of the reward functions, over all ranks."""
-        self._evaluation.log(pl_module, "val", trainer)
+        self.engine.sleep()
+        self._evaluation.log(pl_module, "val")
 
     on_test_batch_start = on_validation_batch_start
 
     def on_test_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Logs test/reward, test/pass@1 and the means of the reward functions, over all ranks."""
-        self._evaluation.log(pl_module, "test", trainer)
+        self.engine.sleep()
+        self._evaluation.log(pl_module, "test")
 
     def on_predict_batch_start(
         self,

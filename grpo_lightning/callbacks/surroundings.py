@@ -21,6 +21,21 @@ def longest_prompt(trainer: pl.Trainer) -> int:
     return getattr(getattr(trainer, "datamodule", None), "longest_prompt", 0)
 
 
+def check_epoch(trainer: pl.Trainer, parts: int) -> None:
+    """Raises ConfigError unless an epoch has a known length of whole rollouts."""
+    length = trainer.num_training_batches
+    if length == float("inf"):
+        raise ConfigError(
+            "the train loader has no length, so Lightning reads one batch ahead and every rollout would be "
+            "one policy late; give it a __len__"
+        )
+    if int(length) % parts:
+        raise ConfigError(
+            f"an epoch has {length} micro-batches, which is not a multiple of the {parts} that one rollout "
+            "feeds; change trainer.limit_train_batches or trainer.accumulate_grad_batches"
+        )
+
+
 def check_counts(num_generations: int, updates_per_rollout: int, num_iterations: int) -> None:
     """Raises ConfigError if a count of the rollout section is too small."""
     for key, value, least, why in (

@@ -52,11 +52,11 @@ class RolloutEngine(Protocol):
         ...
 
     def generate(self, requests: Sequence[Request], sampling: SamplingParams) -> list[list[Completion]]:
-        """Returns for each request one completion per seed, in order."""
+        """Returns for each request one completion per seed, in order; wakes a sleeping engine."""
         ...
 
     def sleep(self) -> None:
-        """Gives memory back until the next `sync`."""
+        """Gives memory back until the next `sync` or `generate`."""
         ...
 
     def close(self) -> None:

@@ -129,6 +129,10 @@ BAD = {
         ["grpo-lightning[vllm]"],
     ),
     "no such model": (lambda t: {"model.model_name": "./nowhere"}, ["model.model_name", "no such folder"]),
+    "unreachable model": (
+        lambda t: {"model.model_name": "nobody/nothing"},
+        ["model.model_name", "nobody/nothing"],
+    ),
     "config from a URL": (lambda t: {"--config": "ftp://x/y.yaml"}, ["URL"]),
 }
 

@@ -383,3 +383,52 @@ def test_module_trains_on_plain_rollout_batches(model_folder, tmp_path):
     assert len([r for r in rows_of(tmp_path) if r["loss"]]) == 3
     with pytest.raises(ConfigError, match="add RolloutCallback"):
         trainer(tmp_path / "b").fit(module(model_folder), data())
+
+
+class Unsized:
+    """A loader that Lightning would read one batch ahead."""
+
+    def __init__(self, loader):
+        self.loader = loader
+
+    def __iter__(self):
+        return iter(self.loader)
+
+
+def test_a_loader_without_length_is_refused(model_folder, tmp_path):
+    class Data(PromptDataModule):
+        def train_dataloader(self):
+            return Unsized(super().train_dataloader())
+
+    with pytest.raises(ConfigError, match="has no length"):
+        trainer(tmp_path, rollout()).fit(module(model_folder), Data(ROWS, prompts_per_rollout=4))
+
+
+def test_an_epoch_of_broken_rollouts_is_refused(model_folder, tmp_path):
+    t = trainer(tmp_path, rollout(), accumulate_grad_batches=2, limit_train_batches=3)
+    with pytest.raises(ConfigError, match="not a multiple of the 2"):
+        t.fit(module(model_folder), data())
+
+
+def test_a_sleeping_engine_is_woken_by_validation(model_folder, tmp_path):
+    log = []
+
+    class Sleeper(HFEngine):
+        def sync(self, policy, version):
+            log.append(f"sync {version}")
+            super().sync(policy, version)
+
+        def generate(self, requests, sampling):
+            log.append("generate")
+            return super().generate(requests, sampling)
+
+        def sleep(self):
+            log.append("sleep")
+
+    settings = {"val_check_interval": 1, "check_val_every_n_epoch": None, "max_steps": 2}
+    trainer(tmp_path, rollout(engine=Sleeper()), **settings).fit(
+        module(model_folder), data(validation_split=4, validation_batch_size=2)
+    )
+    step = ["generate", "sleep"]
+    val = ["generate", "generate", "sleep"]
+    assert log == ["sync 0", *step, "sync 1", *val, *step, "sync 2", *val]

@@ -13,18 +13,27 @@ from grpo_lightning.stats import combine, extreme, mean, mean_of, spread_of, val
 def test_stats_add_up_before_they_divide():
     parts = [
         {"m": mean_of([1.0]), "s": extreme("sum", 2.0), "lo": extreme("min", 3.0), "hi": extreme("max", 3.0)},
-        {"m": mean_of([3.0, 5.0]), "s": extreme("sum", 4.0), "lo": extreme("min", 1.0), "hi": extreme("max", 9.0)},
+        {
+            "m": mean_of([3.0, 5.0]),
+            "s": extreme("sum", 4.0),
+            "lo": extreme("min", 1.0),
+            "hi": extreme("max", 9.0),
+        },
     ]
     assert values(combine(parts)) == {"m": 3.0, "s": 6.0, "lo": 1.0, "hi": 9.0}
 
 
 def test_spread_of_parts_is_that_of_the_whole():
     x = torch.tensor([1.0, 2.0, 4.0, 8.0])
-    assert values(combine([{"s": spread_of(x[:1])}, {"s": spread_of(x[1:])}]))["s"] == pytest.approx(x.std().item())
+    assert values(combine([{"s": spread_of(x[:1])}, {"s": spread_of(x[1:])}]))["s"] == pytest.approx(
+        x.std().item()
+    )
 
 
 def test_means_of_nothing_are_not_logged():
-    assert values({"m": mean(0.0, 0), "s": spread_of(torch.zeros(1)), "n": extreme("max", float("nan"))}) == {}
+    assert (
+        values({"m": mean(0.0, 0), "s": spread_of(torch.zeros(1)), "n": extreme("max", float("nan"))}) == {}
+    )
 
 
 def test_length_stats_have_trls_names():
@@ -78,7 +87,11 @@ def test_choices_suggests_the_nearest():
 def test_sample_table_shows_brackets_and_cuts_long_texts(capsys):
     from grpo_lightning.callbacks.sample_table import show
 
-    samples = {"prompt": ["a" * 200, "b"], "completion": ["[bold]x[/bold]", "y\nz"], "reward": [0.123456, 1.0]}
+    samples = {
+        "prompt": ["a" * 200, "b"],
+        "completion": ["[bold]x[/bold]", "y\nz"],
+        "reward": [0.123456, 1.0],
+    }
     show("step 1", samples, rows=2, width=20)
     out = capsys.readouterr().out
     assert "[bold]" in out
