@@ -6,6 +6,7 @@ import re
 import sys
 import warnings
 from collections.abc import Iterator
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -16,7 +17,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 
 from grpo_lightning.callbacks.rollout import RolloutCallback
 from grpo_lightning.data.datamodule import PromptDataModule
-from grpo_lightning.errors import ConfigError, GRPOError
+from grpo_lightning.errors import ConfigError, GRPOError, choices
 from grpo_lightning.module import GRPOModule
 from grpo_lightning.options import explain
 
@@ -29,6 +30,9 @@ TRAINER_DEFAULTS: dict[str, Any] = {
 }
 
 
+ENGINES = ("HFEngine", "ReplayEngine", "VLLMEngine")
+
+
 class Parser(LightningArgumentParser):
     """Says where an option of another trainer lives here, and ends with exit code 2."""
 
@@ -37,9 +41,34 @@ class Parser(LightningArgumentParser):
         if self.exit_on_error is False and ex is not None:
             raise ex
         unknown = re.search(r"unrecognized|not (accept|expect)", message)
-        hints = [h for key in dict.fromkeys(_keys(message)) if unknown and (h := explain(key))]
-        print(f"error: {' '.join(message.split())}", *hints, sep="\n  ", file=sys.stderr)
+        hints: list[str] = []
+        for key in dict.fromkeys(_keys(message)) if unknown else ():
+            near = get_close_matches(key.removeprefix("--"), _options_of(self), n=1, cutoff=0.8)
+            hints += [h for h in (explain(key), f"did you mean {near[0]!r}?" if near else None) if h]
+        print(f"error: {_condensed(message)}", *hints, sep="\n  ", file=sys.stderr)
         raise SystemExit(2)
+
+
+def _options_of(parser: Any) -> list[str]:
+    """Returns the dotted names of all options of a parser and of its commands."""
+    own = [action.dest for action in parser._actions]
+    commands = [
+        p for action in parser._actions for p in (getattr(action, "_name_parser_map", None) or {}).values()
+    ]
+    return own + [name for command in commands for name in _options_of(command)]
+
+
+def _condensed(message: str) -> str:
+    """Returns a parser's message as one line; of a value that fits no type, what it is and what fits."""
+    found = re.search(r'[Kk]ey "([^"]+)".*Given value: (.*)', message, re.DOTALL)
+    if found is None:
+        return " ".join(message.split())
+    key, value = found[1], found[2].strip()
+    if key == "rollout.engine":
+        return f"{key} is {choices(value, ENGINES)}; write it as grpo_lightning.rollout.NAME"
+    reasons = re.findall(r"^\s*- (.+)$", message, re.MULTILINE)
+    kept = [r for r in dict.fromkeys(reasons) if "NoneType" not in r and "a path but" not in r]
+    return f"{key} is {value!r}: {'; '.join(kept or reasons)}"
 
 
 def _keys(message: str) -> Iterator[str]:

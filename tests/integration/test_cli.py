@@ -107,7 +107,10 @@ BAD = {
         ["rollout.num_generations is 1", "at least 2"],
     ),
     "unknown loss": (lambda t: {"model.loss": {"name": "dapoo"}}, ["model.loss.name", "did you mean 'dapo'"]),
-    "unknown engine": (lambda t: {"rollout.engine": "HFEngin"}, ["rollout.engine", "HFEngin"]),
+    "unknown engine": (
+        lambda t: {"rollout.engine": "HFEngin"},
+        ["rollout.engine is 'HFEngin' (did you mean 'grpo_lightning.rollout.HFEngine'?"],
+    ),
     "tokenizer without chat template": (
         lambda t: {"model.tokenizer": plain_tokenizer(t)},
         ["chat template"],
@@ -121,7 +124,10 @@ BAD = {
         ["gold", "answer"],
     ),
     "option of another trainer": (lambda t: {"rollout.beta": 0.04}, ["model.loss.kl_coef"]),
-    "unknown key": (lambda t: {"data.promts_per_rollout": 4}, ["promts_per_rollout"]),
+    "unknown key": (
+        lambda t: {"data.promts_per_rollout": 4},
+        ["promts_per_rollout", "did you mean 'data.prompts_per_rollout'?"],
+    ),
     "reward from os": (lambda t: {"rollout.reward_funcs": ["os.system"]}, ["os.system"]),
     "unknown lora field": (lambda t: {"model.lora": {"rank": 4}}, ["model.lora", "rank"]),
     "vllm missing": (

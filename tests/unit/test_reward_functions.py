@@ -189,8 +189,10 @@ def test_reasoning_gym_score_names_the_extra_to_install(monkeypatch):
         suite.score(prompts=["?"], completions=["42"], completion_ids=[[1]], columns=gym_columns(1))
 
 
+@pytest.mark.gym
 def test_reasoning_gym_score_fits_the_installed_package():
-    reasoning_gym = pytest.importorskip("reasoning_gym")
+    import reasoning_gym
+
     rows = list(reasoning_gym.create_dataset("leg_counting", size=2, seed=1))
     columns = {name: [row[name] for row in rows] for name in ("question", "answer", "metadata")}
     scores = rewards.reasoning_gym_score([rows[0]["answer"], "no idea"], **columns)
