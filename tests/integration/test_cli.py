@@ -109,7 +109,7 @@ BAD = {
     "unknown loss": (lambda t: {"model.loss": {"name": "dapoo"}}, ["model.loss.name", "did you mean 'dapo'"]),
     "unknown engine": (
         lambda t: {"rollout.engine": "HFEngin"},
-        ["rollout.engine is 'HFEngin' (did you mean 'grpo_lightning.rollout.HFEngine'?"],
+        ["rollout.engine is 'HFEngin' (did you mean 'HFEngine'?"],
     ),
     "tokenizer without chat template": (
         lambda t: {"model.tokenizer": plain_tokenizer(t)},
