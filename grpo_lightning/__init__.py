@@ -5,10 +5,11 @@ from typing import TYPE_CHECKING
 from grpo_lightning._lazy import lazy
 
 if TYPE_CHECKING:
-    from grpo_lightning.batch import RolloutBatch, SamplingParams
+    from grpo_lightning.batch import RolloutBatch
     from grpo_lightning.callbacks.rollout import RolloutCallback
     from grpo_lightning.data.datamodule import PromptDataModule
     from grpo_lightning.module import GRPOModule
+    from grpo_lightning.samples import SamplingParams
 
 __version__ = "0.1.0.dev0"
 __all__ = ["GRPOModule", "PromptDataModule", "RolloutBatch", "RolloutCallback", "SamplingParams"]
@@ -20,6 +21,6 @@ __getattr__, __dir__ = lazy(
         "PromptDataModule": "data.datamodule",
         "RolloutBatch": "batch",
         "RolloutCallback": "callbacks.rollout",
-        "SamplingParams": "batch",
+        "SamplingParams": "samples",
     },
 )

@@ -27,6 +27,7 @@ class RewardTable:
     weights: Tensor  # [K] float64
     group_ids: Tensor  # [S] int64 in [0, P)
     num_groups: int
+    lengths: Tensor | None = None  # [S] tokens sampled; what weighs completions by their length needs it
     all_sum: Callable[[Tensor], Tensor] = _identity  # adds over ranks
 
     @property
@@ -35,6 +36,13 @@ class RewardTable:
         applies = ~self.by_function.isnan()
         total = (self.by_function.nan_to_num() * self.weights).sum(1)
         return total.masked_fill(~applies.any(1), torch.nan)
+
+    @property
+    def sampled(self) -> Tensor:
+        """[S] float64: tokens of each completion."""
+        if self.lengths is None:
+            raise ValueError("this advantage weighs completions by their length: give `lengths`")
+        return self.lengths.double()
 
     def group_sum(self, x: Tensor) -> Tensor:
         """[S] -> [P], skipping NaN."""
@@ -53,12 +61,15 @@ class RewardTable:
         squares = self.group_sum(self.centred(x) ** 2)
         return (squares / (self.group_count(x) - 1).clamp(min=1)).sqrt()
 
-    def rollout_std(self, x: Tensor) -> Tensor:
-        """[S] -> scalar over all scorable completions of all ranks, one degree of freedom less."""
-        known = x[~x.isnan()]
-        total, count = self.all_sum(torch.stack([known.sum(), x.new_tensor(float(known.numel()))]))
-        squares = self.all_sum(((known - total / count.clamp(min=1)) ** 2).sum().reshape(1))[0]
-        return (squares / (count - 1).clamp(min=1)).sqrt()
+    def rollout_moments(self, x: Tensor, weights: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """[S] -> mean, variance with one degree of freedom less, and weight of all ranks; NaN left out."""
+        known = ~x.isnan()
+        w = known.to(x.dtype) if weights is None else weights * known
+        x = x.nan_to_num()
+        total, count = self.all_sum(torch.stack([(w * x).sum(), w.sum()]))
+        centre = total / count.clamp(min=1)
+        squares = self.all_sum((w * (x - centre) ** 2).sum().reshape(1))[0]
+        return centre, squares / (count - 1).clamp(min=1), count
 
     def constant_groups(self, x: Tensor) -> Tensor:
         """[S] -> [P] bool: fewer than two scorable members, or all of them equal."""
@@ -102,7 +113,7 @@ def group_norm(r: RewardTable) -> Tensor:
 @register_advantage("batch_norm", formula="(R - mean_group) / (std_rollout + eps)", paper="2508.08221")
 def batch_norm(r: RewardTable) -> Tensor:
     """Returns rewards centred in their group and scaled by the spread of the whole rollout."""
-    return r.centred(r.total) / (r.rollout_std(r.total) + EPS)
+    return r.centred(r.total) / (r.rollout_moments(r.total)[1].sqrt() + EPS)
 
 
 @register_advantage("group_mean", formula="R - mean_group", paper="2503.20783")
@@ -116,6 +127,79 @@ def leave_one_out(r: RewardTable) -> Tensor:
     """Returns rewards less the mean of the other members (RLOO)."""
     n = r.group_count(r.total)[r.group_ids]
     return r.centred(r.total) * n / (n - 1).clamp(min=1)
+
+
+@register_advantage(
+    "gdpo",
+    formula="each reward normalised in the group, summed, normalised in the rollout",
+    paper="2601.05242",
+)
+def gdpo(r: RewardTable) -> Tensor:
+    """Returns summed z-scores per function, whitened over the rollout; constant columns give 0."""
+    total = torch.zeros_like(r.total)
+    for k in range(r.by_function.shape[1]):
+        x = r.by_function[:, k]
+        z = r.centred(x) / (r.group_std(x)[r.group_ids] + EPS)
+        z = z.masked_fill(r.constant_groups(x)[r.group_ids], 0.0)
+        total = total + r.weights[k] * z.nan_to_num()
+    total = total.masked_fill(r.total.isnan(), torch.nan)
+    centre, variance, _ = r.rollout_moments(total)
+    return (total - centre) / (variance.sqrt() + EPS)
+
+
+@register_advantage(
+    "maxrl", formula="(R - mean_group) / mean_group where that is positive, else 0", paper="2602.02710"
+)
+def maxrl(r: RewardTable) -> Tensor:
+    """Returns rewards relative to the group's mean; meant for rewards >= 0."""
+    centre = (r.group_sum(r.total) / r.group_count(r.total).clamp(min=1))[r.group_ids]
+    return torch.where(centre > 0, r.centred(r.total) / centre.clamp(min=torch.finfo(centre.dtype).tiny), 0.0)
+
+
+@register_advantage(
+    "pass_at_k", formula="best of the group: (R_1 - R_2) / (std_group + eps); others 0", paper="2503.19595"
+)
+def pass_at_k(r: RewardTable) -> Tensor:
+    """Returns the lead of the best completion over the second; 0 for a tie and for all others."""
+    known = r.total.nan_to_num(-torch.inf)
+    low = known.new_full((r.num_groups,), -torch.inf)
+    best = low.scatter_reduce(0, r.group_ids, known, "amax")[r.group_ids]
+    is_best = known == best
+    second = low.scatter_reduce(0, r.group_ids, known.masked_fill(is_best, -torch.inf), "amax")[r.group_ids]
+    alone = is_best & (r.group_sum(is_best.to(known.dtype))[r.group_ids] == 1) & second.isfinite()
+    lead = (known - second) / (r.group_std(r.total)[r.group_ids] + EPS)
+    return torch.where(alone, lead, 0.0)
+
+
+@register_advantage(
+    "reinforce_pp",
+    formula="R - mean_group, whitened over the rollout's tokens",
+    paper="2501.03262",
+    zero_variance_is_zero=False,
+)
+def reinforce_pp(r: RewardTable) -> Tensor:
+    """Returns centred rewards whitened with every completion weighing its tokens (REINFORCE++-baseline)."""
+    c = r.centred(r.total)
+    centre, variance, tokens = r.rollout_moments(c, r.sampled)
+    return torch.where(tokens > 1, (c - centre) / (variance + 1e-8).sqrt(), 0.0)
+
+
+@register_advantage("opo", formula="R - sum(L R) / sum(L) over the group", paper="2505.23585")
+def opo(r: RewardTable) -> Tensor:
+    """Returns rewards less the group's length-weighted mean; without any token, less the plain mean."""
+    tokens = r.sampled * ~r.total.isnan()
+    weight = r.group_sum(tokens)
+    baseline = r.group_sum(tokens * r.total.nan_to_num()) / weight.clamp(min=1)
+    return torch.where(weight[r.group_ids] > 0, r.total - baseline[r.group_ids], r.centred(r.total))
+
+
+@register_advantage("gpg", formula="(R - mean_group) n_all / n_in_groups_with_variance", paper="2504.02546")
+def gpg(r: RewardTable) -> Tensor:
+    """Returns centred rewards, scaled up by how few completions are in groups with variance."""
+    known = ~r.total.isnan()
+    alive = known & ~r.constant_groups(r.total)[r.group_ids]
+    everything, live = r.all_sum(torch.stack([known.sum(), alive.sum()]).double())
+    return r.centred(r.total) * everything / live.clamp(min=1)
 
 
 def compute_advantages(

@@ -1,4 +1,4 @@
-"""What travels between the rooms: prompts, completions and packed rollouts. Knows torch and nothing else.
+"""The packed rollout: what travels from sampling to training. Knows torch and nothing else.
 
 Four axes: `T` packed tokens that go through the model, `N` completion tokens that train, `S` completions,
 `P` prompts (groups). A rollout is packed: nothing is padded and there is no mask. Each prompt stands once,
@@ -10,95 +10,22 @@ the model.
 # (strict otherwise: torch leaves the types of tolist() and its like unknown)
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from grpo_lightning.errors import ConfigError
-from grpo_lightning.packing import RowStarts, balance, geometry, members_of, row_starts, runs, select
-
-Message = dict[str, Any]
-Prompt = str | list[Message]
-
-
-@dataclass(frozen=True, kw_only=True)
-class SamplingParams:
-    """How completions are sampled; the names are vLLM's.
-
-    Args:
-        temperature: divides the logits; 0 means greedy, which only validation may use.
-        top_p: nucleus mass in (0, 1]; 1 keeps the whole vocabulary.
-        top_k: number of most likely tokens kept; 0 keeps all.
-        min_p: drops tokens less likely than `min_p` times the most likely one.
-        repetition_penalty: 1 is off.
-        max_tokens: most tokens of one completion, the end token included.
-        regex: completions must match it (engines with structured outputs only).
-        extra: passed to the engine as it is.
-    """
-
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = 0
-    min_p: float | None = None
-    repetition_penalty: float = 1.0
-    max_tokens: int = 512
-    regex: str | None = None
-    extra: dict[str, Any] = field(default_factory=dict[str, Any])
-
-    def __post_init__(self) -> None:
-        bounds: tuple[tuple[str, bool, str], ...] = (
-            ("temperature", self.temperature >= 0, ">= 0 (0 is greedy)"),
-            ("top_p", 0 < self.top_p <= 1, "in (0, 1]"),
-            ("top_k", self.top_k >= 0, ">= 0 (0 keeps all)"),
-            ("min_p", self.min_p is None or 0 <= self.min_p <= 1, "null or in [0, 1]"),
-            ("repetition_penalty", self.repetition_penalty > 0, "> 0 (1 is off)"),
-            ("max_tokens", self.max_tokens >= 1, ">= 1"),
-        )
-        for name, holds, allowed in bounds:
-            if not holds:
-                raise ConfigError(f"sampling.{name} is {getattr(self, name)}; it must be {allowed}")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Completion:
-    """One sampled completion; `token_ids` ends with the end token unless it was cut at `max_tokens`."""
-
-    token_ids: list[int]
-    logprobs: list[float] | None = None
-    """log-probability of each token under the sampler's distribution, in nats"""
-    finish_reason: Literal["stop", "length"] = "stop"
-
-
-@dataclass(slots=True, kw_only=True)
-class PromptBatch:
-    """P prompts of one rollout on this rank, dealt once per micro-batch: `part` of `parts`.
-
-    `rollout` is empty when a loader yields the batch; the rollout callback puts its micro-batch there.
-    """
-
-    prompts: list[Prompt]
-    prompt_ids: list[list[int]]
-    columns: dict[str, list[Any]]
-    uids: list[int]
-    """a number per prompt that is stable over runs and ranks; keys its sampling seeds"""
-    rollout_index: int = 0
-    """how many rollouts came before this one, since the beginning of training"""
-    part: int = 0
-    parts: int = 1
-    rollout: "RolloutBatch | None" = None
-    samples: dict[str, list[Any]] | None = None
-    """columns of the rollout's samples, for people to read; put here together with the rollout"""
-
-    def __len__(self) -> int:
-        return len(self.prompt_ids)
-
-    def to(self, device: torch.device | str) -> "PromptBatch":
-        """Returns itself with its rollout, if any, on `device`; Lightning calls it."""
-        if self.rollout is not None:
-            self.rollout = self.rollout.to(device)
-        return self
+from grpo_lightning.packing import (
+    RowStarts,
+    balance,
+    geometry,
+    members_of,
+    row_starts,
+    runs,
+    select,
+    two_class_groups,
+)
+from grpo_lightning.samples import Completion
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -114,8 +41,23 @@ class LossTotals:
     """groups with at least one trainable token"""
     max_tokens: int
     """longest completion that sampling allows"""
+    two_class_groups: int = 0
+    """groups with advantages above 0 and others, for losses that compare the two"""
+    entropy_tokens: int = 0
+    """tokens that `entropy_keep` keeps"""
     micro_batches: int = 1
     """K * W: accumulated micro-batches times ranks; Lightning and DDP divide the returned loss by it"""
+
+
+PER_TOKEN = (
+    "sampler_logprobs",
+    "old_logprobs",
+    "ref_logprobs",
+    "old_entropies",
+    "selected",
+    "entropy_keep",
+)
+"""optional fields of a RolloutBatch with one entry per completion token"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -140,6 +82,9 @@ class RolloutBatch:
         None  # [N] nats, the policy before the first update; None: the training forward's
     )
     ref_logprobs: Tensor | None = None  # [N] nats, the reference policy
+    old_entropies: Tensor | None = None  # [N] nats, the policy before the first update
+    selected: Tensor | None = None  # [N] bool, the window's covariance selection
+    entropy_keep: Tensor | None = None  # [N] bool, the window's tokens of high entropy
     prompt_lengths: tuple[int, ...]  # P; on the host, so that layouts need no device synchronisation
     lengths: tuple[int, ...]  # S; trainable tokens of each completion, 0 is legal
     host_groups: tuple[int, ...]  # S; group_ids
@@ -249,8 +194,7 @@ class RolloutBatch:
         seq = torch.tensor(list(sequences), dtype=torch.int64, device=device)
         layout = {k: v.to(device) for k, v in geometry(prompt_lengths, lengths, renumbered).items()}
         optional = {
-            name: None if (value := getattr(self, name)) is None else value[token]
-            for name in ("sampler_logprobs", "old_logprobs", "ref_logprobs")
+            name: None if (value := getattr(self, name)) is None else value[token] for name in PER_TOKEN
         }
         return replace(
             self,
@@ -293,13 +237,11 @@ class RolloutBatch:
 
     def all_reduce_totals(self, all_sum: Callable[[Tensor], Tensor], micro_batches: int) -> "RolloutBatch":
         """Returns the window with the counts of all ranks; `all_sum` adds an int64 vector over ranks."""
-        local = torch.tensor(
-            [self.totals.tokens, self.totals.sequences, self.totals.groups], dtype=torch.int64
-        )
-        tokens, sequences, groups = all_sum(local).tolist()
-        totals = replace(
-            self.totals, tokens=tokens, sequences=sequences, groups=groups, micro_batches=micro_batches
-        )
+        names = ("tokens", "sequences", "groups", "two_class_groups")
+        both = two_class_groups(self.host_groups, self.lengths, self.advantages.tolist())
+        local = replace(self.totals, two_class_groups=both)
+        sums = all_sum(torch.tensor([getattr(local, name) for name in names], dtype=torch.int64)).tolist()
+        totals = replace(local, **dict(zip(names, sums, strict=True)), micro_batches=micro_batches)
         return replace(self, totals=totals)
 
     def without_dead_groups(self) -> "RolloutBatch":

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from grpo_lightning.batch import Completion
+from grpo_lightning.samples import Completion
 from grpo_lightning.stats import Stat, combine, extreme, mean, mean_of, spread_of, values
 
 

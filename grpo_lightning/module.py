@@ -12,11 +12,12 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from grpo_lightning.batch import PromptBatch, RolloutBatch
+from grpo_lightning.batch import RolloutBatch
 from grpo_lightning.errors import ConfigError, GRPOError
 from grpo_lightning.losses import AGGREGATIONS, LossConfig, policy_loss
 from grpo_lightning.metrics import over_ranks
 from grpo_lightning.models import named, resolve_model
+from grpo_lightning.samples import PromptBatch
 from grpo_lightning.stats import Stat, combine
 
 if TYPE_CHECKING:
@@ -165,7 +166,8 @@ class GRPOModule(pl.LightningModule):
         """
         with torch.no_grad():
             if old:
-                batch = replace(batch, old_logprobs=self.policy.logprobs(batch)[0])
+                logprobs, entropies = self.policy.logprobs(batch)
+                batch = replace(batch, old_logprobs=logprobs, old_entropies=entropies)
             if self.loss.kl_coef and batch.ref_logprobs is None:
                 with self.policy.reference():
                     batch = replace(batch, ref_logprobs=self.policy.logprobs(batch)[0])

@@ -81,7 +81,7 @@ WHERE: dict[str, str] = {
     "importance_sampling_level": "model.loss.ratio_level (null = the recipe's)",
     "reward_weights": "rollout.reward_weights (default 1.0 each)",
     "scale_rewards": "rollout.advantage (group = group_norm, batch = batch_norm, none = group_mean)",
-    "multi_objective_aggregation": "not offered yet: rollout.advantage will have gdpo for normalize_then_sum",
+    "multi_objective_aggregation": "rollout.advantage (normalize_then_sum = gdpo)",
     "mask_truncated_completions": "rollout.mask_truncated_completions (default false)",
     "sync_ref_model": "model.reference.ema_alpha with model.reference.ema_every (null = off)",
     "ref_model_mixup_alpha": "model.reference.ema_alpha (default 0.6)",
@@ -191,12 +191,7 @@ _NO_PLACE = ("not offered", "planned", "derived")
 
 
 NOT_YET = (
-    "model.loss.correction",
-    "model.loss.sapo",
-    "model.loss.vespo",
     "model.loss.adaptive_entropy",
-    "model.loss.top_entropy_quantile",
-    "model.loss.off_policy_threshold",
     "model.reference",
     "model.router_loss_coef",
     "model.lm_head_fp32",

@@ -7,7 +7,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-Kind = Literal["mean", "std", "sum", "min", "max"]
+Kind = Literal["mean", "std", "share", "sum", "min", "max"]
 
 
 class Stat(NamedTuple):
@@ -35,6 +35,12 @@ def spread_of(values: Tensor) -> Stat:
     return Stat("std", torch.stack([x.sum(), (x * x).sum()]), torch.as_tensor(float(x.numel())))
 
 
+def effective_share(weights: Tensor) -> Stat:
+    """Returns the effective sample size of `weights` as a share, (sum c)^2 / (N sum c^2), as a part."""
+    c = weights.detach().double()
+    return Stat("share", torch.stack([c.sum(), (c * c).sum()]), torch.as_tensor(float(c.numel())))
+
+
 def extreme(kind: Literal["sum", "min", "max"], value: Tensor | float) -> Stat:
     """Returns a sum, minimum or maximum, as a part."""
     return Stat(kind, torch.as_tensor(value).detach(), torch.ones(()))
@@ -43,6 +49,7 @@ def extreme(kind: Literal["sum", "min", "max"], value: Tensor | float) -> Stat:
 _FOLD: dict[Kind, Callable[[Tensor, Tensor], Tensor]] = {
     "mean": torch.add,
     "std": torch.add,
+    "share": torch.add,
     "sum": torch.add,
     "min": torch.minimum,
     "max": torch.maximum,
@@ -51,6 +58,7 @@ _FOLD: dict[Kind, Callable[[Tensor, Tensor], Tensor]] = {
 _FINISH: dict[Kind, Callable[[Tensor, Tensor], Tensor]] = {
     "mean": lambda v, n: v / n,
     "std": lambda v, n: ((v[1] - v[0] ** 2 / n).clamp(min=0) / (n - 1)).sqrt(),
+    "share": lambda v, n: v[0] ** 2 / (n * v[1]),
     "sum": lambda v, n: v,
     "min": lambda v, n: v,
     "max": lambda v, n: v,

@@ -6,7 +6,8 @@ from typing import Any
 import torch
 from tiny import tiny_tokenizer
 
-from grpo_lightning.batch import Completion, RolloutBatch
+from grpo_lightning.batch import RolloutBatch
+from grpo_lightning.samples import Completion
 
 
 def tiny_llama(context: int = 256, **changes: Any) -> Any:
@@ -53,10 +54,7 @@ def random_rollout(
 
     lengths = torch.randint(0, longest + 1, (prompts * group,), generator=g).tolist()
     completions = [
-        Completion(
-            token_ids=tokens(n), logprobs=[-1.0] * n, finish_reason="length" if n == longest else "stop"
-        )
-        for n in lengths
+        Completion(token_ids=tokens(n), finish_reason="length" if n == longest else "stop") for n in lengths
     ]
     settings: dict[str, Any] = {
         "prompt_ids": [tokens(2 + 3 * p) for p in range(prompts)],

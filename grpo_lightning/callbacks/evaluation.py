@@ -8,9 +8,9 @@ import lightning.pytorch as pl
 import torch
 from torchmetrics import MeanMetric
 
-from grpo_lightning.batch import SamplingParams
 from grpo_lightning.errors import ConfigError, choices
 from grpo_lightning.rollout.collect import Rollout
+from grpo_lightning.samples import SamplingParams
 
 if TYPE_CHECKING:
     from grpo_lightning.callbacks.rollout import RolloutCallback

@@ -9,7 +9,7 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
 
-from grpo_lightning.batch import PromptBatch, RolloutBatch, SamplingParams
+from grpo_lightning.batch import RolloutBatch
 from grpo_lightning.callbacks.evaluation import Evaluation, ValidationConfig
 from grpo_lightning.callbacks.plan import print_plan
 from grpo_lightning.callbacks.state import batch_state, random_state, restore_batch, restore_random_state
@@ -25,12 +25,15 @@ from grpo_lightning.callbacks.surroundings import (
     trainer_state,
 )
 from grpo_lightning.errors import ConfigError
+from grpo_lightning.losses import LossConfig
+from grpo_lightning.losses.window import choose_tokens
 from grpo_lightning.metrics import all_sum, gather, over_ranks
 from grpo_lightning.rewards.suite import Rewards
 from grpo_lightning.rollout.collect import Collector, Rollout
 from grpo_lightning.rollout.engine import EngineContext, RolloutEngine
 from grpo_lightning.rollout.hf import HFEngine
 from grpo_lightning.rollout.recording import record
+from grpo_lightning.samples import PromptBatch, SamplingParams
 from grpo_lightning.stats import mean_of
 
 RewardSpec = str | dict[str, Any]
@@ -193,14 +196,18 @@ class RolloutCallback(Callback):
     def _micro_batches(self, window: RolloutBatch, trainer: pl.Trainer, module: Any) -> list[RolloutBatch]:
         k = trainer.accumulate_grad_batches
         window = window.all_reduce_totals(all_sum, micro_batches=k * trainer.world_size)
-        if module.loss.dead_groups_are_still:
+        loss: LossConfig = module.loss
+        if loss.dead_groups_are_still and not loss.needs_old_pass:
             window = window.without_dead_groups()
-        old = self.updates_per_rollout * self.num_iterations > 1
-        parts = window.split(k)
-        if not old and not module.loss.kl_coef:
+        old = self.updates_per_rollout * self.num_iterations > 1 or loss.needs_old_pass
+        parts = window.split(k, whole_groups=loss.objective.whole_groups)
+        if not old and not loss.kl_coef:
             return parts
         with self._phase(trainer)("score"):
-            return [module.score(part.to(module.device), old=old).to("cpu") for part in parts]
+            parts = [module.score(part.to(module.device), old=old).to("cpu") for part in parts]
+        if not loss.needs_old_pass:
+            return parts
+        return choose_tokens(parts, loss, seed=self.run_seed, gather=gather, rank=trainer.global_rank)
 
     def collector(self, trainer: pl.Trainer, module: Any, **changes: Any) -> Collector:
         """Returns what makes rollouts for this run; `changes` replaces settings."""

@@ -7,8 +7,8 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
 
-from grpo_lightning.batch import PromptBatch
 from grpo_lightning.errors import ConfigError
+from grpo_lightning.samples import PromptBatch
 
 
 class SampleTable(Callback):

@@ -12,8 +12,8 @@ import torch
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
 
 from grpo_lightning.advantages import ADVANTAGES
-from grpo_lightning.batch import SamplingParams
 from grpo_lightning.errors import ConfigError, choices
+from grpo_lightning.samples import SamplingParams
 
 
 def longest_prompt(trainer: pl.Trainer) -> int:

@@ -7,10 +7,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from grpo_lightning.batch import Message, Prompt
 from grpo_lightning.data.files import Row, place_of
 from grpo_lightning.data.prompts import PromptFormat
 from grpo_lightning.errors import ConfigError, DataError, choices
+from grpo_lightning.samples import Message, Prompt
 
 OVERLONG = ("error", "drop", "left-truncate")
 

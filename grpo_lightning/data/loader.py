@@ -11,9 +11,9 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 
-from grpo_lightning.batch import PromptBatch
 from grpo_lightning.data.encode import EncodedPrompt
 from grpo_lightning.errors import ConfigError, DataError
+from grpo_lightning.samples import PromptBatch
 
 VERSION = 1
 

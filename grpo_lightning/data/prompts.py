@@ -5,9 +5,9 @@ from dataclasses import dataclass, field
 from string import Formatter
 from typing import Any
 
-from grpo_lightning.batch import Prompt
 from grpo_lightning.data.files import Row
 from grpo_lightning.errors import ConfigError, DataError, choices
+from grpo_lightning.samples import Prompt
 
 OURS = ("tokenize", "add_generation_prompt", "return_dict", "return_tensors", "continue_final_message")
 

@@ -6,12 +6,13 @@ from dataclasses import dataclass, field, replace
 from grpo_lightning.errors import ConfigError, choices
 from grpo_lightning.importing import import_object
 from grpo_lightning.losses.aggregations import AGGREGATIONS
+from grpo_lightning.losses.corrections import CorrectionConfig
 from grpo_lightning.losses.kl import KL_ESTIMATORS
 from grpo_lightning.losses.ratios import RATIO_LEVELS
 from grpo_lightning.losses.recipes import RECIPES, Recipe
-from grpo_lightning.losses.surrogates import SURROGATES, register_surrogate
+from grpo_lightning.losses.surrogates import SURROGATES, Surrogate, register_surrogate
 
-COMMON_DEFAULTS: Mapping[str, float] = {"clip_low": 0.2, "clip_high": 0.2}
+COMMON_DEFAULTS: Mapping[str, float | str] = {"clip_low": 0.2, "clip_high": 0.2, "kl_estimator": "k3"}
 
 
 @dataclass(frozen=True)
@@ -19,7 +20,7 @@ class LossConfig:
     """Which loss is minimised; what is left at null is the recipe's.
 
     Args:
-        name: a recipe (grpo, bnpo, dr_grpo, dapo) or your own surrogate as `pkg.mod.func` or `file.py:func`.
+        name: a recipe (see `RECIPES`) or your own surrogate as `pkg.mod.func` or `file.py:func`.
         surrogate: per-token objective.
         ratio_level: token, sequence or sequence_token.
         aggregation: how tokens are weighed: sequence_mean, token_mean, constant, sequence_sum, prompt_mean.
@@ -27,9 +28,35 @@ class LossConfig:
         clip_high: the ratio is clipped above at 1 + clip_high.
         dual_clip: cap on the ratio where the advantage is negative; must exceed 1 + clip_high.
         kl_coef: weight of the KL divergence from the reference policy; 0 computes no reference.
-        kl_estimator: per-token estimator of that divergence.
-        kl_bias_correction: multiply it by the ratio, which makes its gradient unbiased (2512.02556).
+        kl_estimator: k1, k2, k3, k1_straight or k3_straight.
+        kl_bias_correction: multiply k1 or k3 by the ratio, which makes its gradient unbiased (2512.02556).
         entropy_coef: weight of the entropy bonus.
+        top_entropy_quantile: share of tokens, those of highest entropy, that train (2506.01939); 1 is all.
+        off_policy_threshold: completions with A < 0 whose policy has moved further, in nats per token, are
+            left out; null is off.
+        correction: importance weights between the engine's policy and the trainer's.
+        cispo_weight_min: lowest importance weight of cispo, absolute.
+        cispo_weight_max: highest importance weight of cispo, absolute; at least 1.
+        sapo_tau_pos: sharpness of sapo's gate where A > 0.
+        sapo_tau_neg: the same where A <= 0.
+        vespo_k_pos: shape of vespo's weight where A >= 0.
+        vespo_lambda_pos: rate of vespo's weight where A >= 0.
+        vespo_k_neg: shape where A < 0.
+        vespo_lambda_neg: rate where A < 0.
+        log_clip_low: gmpo's clip of the log-ratio below.
+        log_clip_high: gmpo's clip of the log-ratio above.
+        dppo_low: how far dppo lets a probability (or its divergence) fall where A <= 0.
+        dppo_high: how far it may rise where A > 0.
+        dppo_weight_max: cap on dppo's importance weight.
+        cov_frac: share of the step's tokens that clip_cov and kl_cov select.
+        cov_low: lowest covariance that clip_cov selects from.
+        cov_high: highest covariance that clip_cov selects from.
+        kl_cov_coef: weight of kl_cov's penalty.
+        dro_coef: weight of dro's quadratic pull.
+        fipo_gamma: discount of fipo's look ahead, per token.
+        fipo_range: fipo weighs up to 1 + this.
+        fipo_rho_max: ratios above it count as outliers in fipo.
+        real_tau: temperature of real's scores.
         params: free parameters of your own surrogate, found as `config.params`.
     """
 
@@ -41,9 +68,34 @@ class LossConfig:
     clip_high: float | None = None
     dual_clip: float | None = None
     kl_coef: float = 0.0
-    kl_estimator: str = "k3"
+    kl_estimator: str | None = None
     kl_bias_correction: bool = True
     entropy_coef: float = 0.0
+    top_entropy_quantile: float = 1.0
+    off_policy_threshold: float | None = None
+    correction: CorrectionConfig = CorrectionConfig()  # noqa: RUF009 - frozen
+    cispo_weight_min: float = 0.0
+    cispo_weight_max: float = 5.0
+    sapo_tau_pos: float = 1.0
+    sapo_tau_neg: float = 1.05
+    vespo_k_pos: float = 2.0
+    vespo_lambda_pos: float = 3.0
+    vespo_k_neg: float = 3.0
+    vespo_lambda_neg: float = 2.0
+    log_clip_low: float = 0.4
+    log_clip_high: float = 0.4
+    dppo_low: float | None = None
+    dppo_high: float | None = None
+    dppo_weight_max: float = 20.0
+    cov_frac: float = 2e-4
+    cov_low: float = 1.0
+    cov_high: float = 5.0
+    kl_cov_coef: float = 1.0
+    dro_coef: float | None = None
+    fipo_gamma: float = 2 ** (-1 / 32)
+    fipo_range: float = 0.2
+    fipo_rho_max: float = 4.0
+    real_tau: float = 0.5
     params: dict[str, float] = field(default_factory=dict[str, float])
 
     def __post_init__(self) -> None:
@@ -76,9 +128,33 @@ class LossConfig:
         return RECIPES[self.name]
 
     @property
+    def objective(self) -> Surrogate:
+        """The row of `SURROGATES`."""
+        return SURROGATES[str(self.surrogate)]
+
+    @property
+    def clip_range(self) -> tuple[float, float]:
+        """`clip_low` and `clip_high` of a resolved config."""
+        assert self.clip_low is not None
+        assert self.clip_high is not None
+        return self.clip_low, self.clip_high
+
+    @property
+    def dppo_range(self) -> tuple[float, float]:
+        """`dppo_low` and `dppo_high` of a resolved config that has them."""
+        assert self.dppo_low is not None
+        assert self.dppo_high is not None
+        return self.dppo_low, self.dppo_high
+
+    @property
     def dead_groups_are_still(self) -> bool:
         """Whether a group whose advantages are all 0 has a gradient of exactly 0."""
         return self.kl_coef == 0 and self.entropy_coef == 0
+
+    @property
+    def needs_old_pass(self) -> bool:
+        """Whether something is chosen from the old policy's numbers of the whole window."""
+        return self.objective.needs_old or self.top_entropy_quantile < 1
 
     def _check(self) -> None:
         tables = {
@@ -90,23 +166,37 @@ class LossConfig:
         for key, table in tables.items():
             if (value := getattr(self, key)) not in table:
                 raise ConfigError(f"model.loss.{key} is {choices(value, table)}")
-        assert self.clip_low is not None
-        assert self.clip_high is not None
-        bounds: tuple[tuple[str, bool, str], ...] = (
-            ("clip_low", 0 <= self.clip_low < 1, "in [0, 1)"),
-            ("clip_high", self.clip_high >= 0, ">= 0"),
-            (
-                "dual_clip",
-                self.dual_clip is None or self.dual_clip > 1 + self.clip_high,
-                f"null or above 1 + clip_high = {1 + self.clip_high:g}, or it would also cut positive "
-                f"advantages",
-            ),
-            ("kl_coef", self.kl_coef >= 0, ">= 0"),
-        )
-        for key, holds, allowed in bounds:
+        for key, holds, allowed in self._bounds():
             if not holds:
                 raise ConfigError(f"model.loss.{key} is {getattr(self, key)}; it must be {allowed}")
-        if self.ratio_level not in (levels := SURROGATES[str(self.surrogate)].levels):
+        if self.ratio_level not in (levels := self.objective.levels):
             raise ConfigError(
                 f"model.loss.ratio_level is {choices(self.ratio_level, levels)} for {self.surrogate!r}"
             )
+
+    def _bounds(self) -> list[tuple[str, bool, str]]:
+        low, high = self.clip_range
+        k1_alone = KL_ESTIMATORS[str(self.kl_estimator)].needs_correction and not self.kl_bias_correction
+        above = f"null or above 1 + clip_high = {1 + high:g}, or it would also cut positive advantages"
+        whole = self.objective.whole_groups
+        masked = self.off_policy_threshold is not None or self.top_entropy_quantile < 1
+        return [
+            ("clip_low", 0 <= low < 1, "in [0, 1)"),
+            ("clip_high", high >= 0, ">= 0"),
+            ("dual_clip", self.dual_clip is None or self.dual_clip > 1 + high, above),
+            ("kl_coef", self.kl_coef >= 0, ">= 0"),
+            ("kl_estimator", not (self.kl_coef and k1_alone), "k2, k3 or used with kl_bias_correction"),
+            ("top_entropy_quantile", 0 < self.top_entropy_quantile <= 1, "in (0, 1]"),
+            ("cispo_weight_max", self.cispo_weight_max >= 1, ">= 1: it is absolute, not 1 + epsilon"),
+            ("cov_frac", 0 < self.cov_frac <= 1, "in (0, 1]"),
+            ("real_tau", self.real_tau > 0, "> 0"),
+            (
+                "surrogate",
+                not (whole and masked),
+                "another: masks by token do not fit a loss of whole groups",
+            ),
+            *(
+                (key, (getattr(self, key) or 0) > 0, f"given, > 0, for {self.surrogate}")
+                for key in self.objective.required
+            ),
+        ]

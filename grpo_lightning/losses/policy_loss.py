@@ -1,6 +1,7 @@
-"""The loss of one micro-batch: surrogate x ratio level x aggregation, plus KL and entropy."""
+"""The loss of one micro-batch: surrogate x ratio level x aggregation, corrections, KL and entropy."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -8,10 +9,11 @@ from torch import Tensor
 from grpo_lightning.batch import RolloutBatch
 from grpo_lightning.losses.aggregations import AGGREGATIONS
 from grpo_lightning.losses.config import LossConfig
+from grpo_lightning.losses.corrections import correction_weights, off_policy_keep
 from grpo_lightning.losses.kl import KL_ESTIMATORS
 from grpo_lightning.losses.ratios import MAX_LOG_RATIO, RATIO_LEVELS
 from grpo_lightning.losses.segments import Segments
-from grpo_lightning.losses.surrogates import SURROGATES
+from grpo_lightning.losses.telemetry import clip_stats, objective_stats
 from grpo_lightning.stats import Stat, extreme, mean
 
 
@@ -24,9 +26,14 @@ class LossOutput:
 
 
 def policy_loss(
-    logprobs: Tensor, batch: RolloutBatch, config: LossConfig, entropy: Tensor | None = None
+    logprobs: Tensor,
+    batch: RolloutBatch,
+    config: LossConfig,
+    entropy: Tensor | None = None,
+    *,
+    entropy_coef: float | None = None,
 ) -> LossOutput:
-    """Returns sum_n w_n (l_n + kl_coef KL_n) - entropy_coef mean_window(H), and its statistics.
+    """Returns sum_n w_n (c_n l_n + kl_coef KL_n) - entropy_coef mean_window(H), and its statistics.
 
     The shares of all micro-batches of a window, on all ranks, add up to its loss. Lightning
     divides by accumulated batches and DDP averages over ranks, so return `batch.totals.micro_batches * loss`.
@@ -35,77 +42,96 @@ def policy_loss(
         logprobs: [N] of the policy being trained, with gradient, in nats.
         batch: one micro-batch. Where `old_logprobs` is None the ratio is 1 with the gradient of `logprobs`.
         config: the recipe.
-        entropy: [N] in nats, of the same forward; needed if `entropy_coef` is not 0.
+        entropy: [N] in nats, of the same forward; needed for an entropy bonus.
+        entropy_coef: in place of the config's, where it is adapted from step to step.
 
     Raises:
-        ValueError: `kl_coef` is not 0 and the batch has no `ref_logprobs`, or the entropy is missing.
+        ValueError: the batch lacks what the config needs: `ref_logprobs`, an entropy, a selection.
     """
     config = config.resolve()
     segments = Segments.of(batch)
-    advantages = segments.spread(batch.advantages.to(logprobs.dtype))
-    old = logprobs.detach() if batch.old_logprobs is None else batch.old_logprobs
+    coefficient = config.entropy_coef if entropy_coef is None else entropy_coef
+    old, bypass = _old(logprobs, batch, config)
     log_ratio = (logprobs - old).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
     ratio = RATIO_LEVELS[str(config.ratio_level)](log_ratio, segments)
-    per_token = SURROGATES[str(config.surrogate)](
-        ratio=ratio,
-        advantages=advantages,
-        logprobs=logprobs,
-        log_ratio=log_ratio,
-        segments=segments,
-        config=config,
-    )
-    stats = _clip_stats(ratio.detach(), advantages, segments, config) | _sampler_stats(old, batch)
+    weights = AGGREGATIONS[str(config.aggregation)].weights(segments, batch.totals).to(logprobs.dtype)
+    sampled_by = logprobs.detach() if batch.old_logprobs is None else batch.old_logprobs
+    correction, stats = correction_weights(sampled_by, batch, segments, config.correction)
+    advantages = segments.spread(batch.advantages.to(logprobs.dtype))
+    inputs: dict[str, Any] = {
+        "ratio": ratio,
+        "advantages": advantages,
+        "logprobs": logprobs,
+        "log_ratio": log_ratio,
+        "old_logprobs": old,
+        "correction": correction,
+        "selected": batch.selected,
+        "segments": segments,
+        "config": config,
+    }
+    if config.objective.needs_old and batch.selected is None:
+        raise ValueError(f"{config.surrogate} needs the window's selection, made from old log-probabilities")
+    objective = config.objective(**inputs)
+    if config.objective.whole_groups:
+        loss = objective / max(batch.totals.two_class_groups, 1)
+    else:
+        keep, kept = _keep(logprobs, old, batch, segments, config)
+        stats |= kept
+        factor = keep if config.objective.folds_correction or bypass else keep * correction
+        loss = (weights * factor * objective).sum()
+    stats |= clip_stats(ratio.detach(), advantages, segments, config)
+    stats |= objective_stats(inputs, segments, config)
     if config.kl_coef:
         kl = _kl(logprobs, batch, config, ratio)
-        per_token = per_token + config.kl_coef * kl
+        loss = loss + config.kl_coef * (weights * kl).sum()
         stats["kl"] = mean(kl.sum(), kl.numel())
-    weights = AGGREGATIONS[str(config.aggregation)].weights(segments, batch.totals)
-    loss = (weights.to(per_token.dtype) * per_token).sum()
-    if entropy is not None:
-        stats["entropy"] = mean(entropy.sum(), entropy.numel())
-    if config.entropy_coef:
-        if entropy is None:
-            raise ValueError("entropy_coef is set but no entropy was given")
-        loss = loss - config.entropy_coef * entropy.sum() / max(batch.totals.tokens, 1)
-    stats["loss"] = extreme("sum", loss)
-    return LossOutput(loss, stats)
+    loss, more = _with_entropy(loss, entropy, coefficient, batch)
+    return LossOutput(loss, stats | more | {"loss": extreme("sum", loss)})
+
+
+def _old(logprobs: Tensor, batch: RolloutBatch, config: LossConfig) -> tuple[Tensor, bool]:
+    """Returns the log-probabilities that the ratio is taken against, and whether they are the engine's."""
+    if config.correction.bypass and batch.sampler_logprobs is not None:
+        sampler = batch.sampler_logprobs
+        return torch.where(torch.isfinite(sampler), sampler, logprobs.detach()), True
+    return (logprobs.detach() if batch.old_logprobs is None else batch.old_logprobs), False
+
+
+def _keep(
+    logprobs: Tensor, old: Tensor, batch: RolloutBatch, segments: Segments, config: LossConfig
+) -> tuple[Tensor, dict[str, Stat]]:
+    """Returns which tokens [N] train: off-policy completions and low-entropy tokens may not."""
+    keep, stats = torch.ones_like(old), {}
+    if config.off_policy_threshold is not None:
+        keep, stats = off_policy_keep(logprobs.detach(), old, batch, segments, config.off_policy_threshold)
+    if config.top_entropy_quantile < 1:
+        if batch.entropy_keep is None:
+            raise ValueError("top_entropy_quantile needs the window's selection, made from old entropies")
+        keep = keep * batch.entropy_keep.to(keep.dtype)
+    return keep, stats
 
 
 def _kl(logprobs: Tensor, batch: RolloutBatch, config: LossConfig, ratio: Tensor) -> Tensor:
     if batch.ref_logprobs is None:
         raise ValueError(f"kl_coef is {config.kl_coef} but the batch carries no ref_logprobs")
     x = (batch.ref_logprobs - logprobs).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
-    kl = KL_ESTIMATORS[config.kl_estimator](x)
-    return ratio * kl if config.kl_bias_correction else kl
+    estimator = KL_ESTIMATORS[str(config.kl_estimator)]
+    kl = estimator.value(x)
+    return ratio * kl if config.kl_bias_correction and estimator.correctable else kl
 
 
-def _clip_stats(ratio: Tensor, advantages: Tensor, segments: Segments, config: LossConfig) -> dict[str, Stat]:
-    """How often the clip is active: TRL's names; minima and maxima run over the means of completions."""
-    assert config.clip_low is not None
-    assert config.clip_high is not None
-    low = ((ratio < 1 - config.clip_low) & (advantages < 0)).to(ratio.dtype)
-    high = ((ratio > 1 + config.clip_high) & (advantages > 0)).to(ratio.dtype)
-    present = segments.lengths > 0
-    if config.ratio_level == "token":
-        shares = [(x.sum(), x.numel()) for x in (low, high, low + high)]
-    else:
-        shares = [(segments.mean(x)[present].sum(), present.sum()) for x in (low, high, low + high)]
-    stats = {
-        f"clip_ratio/{name}_mean": mean(total, count)
-        for name, (total, count) in zip(("low", "high", "region"), shares, strict=True)
-    }
-    if ratio.numel():
-        stats["clip_ratio/low_min"] = extreme("min", segments.mean(low)[present].min())
-        stats["clip_ratio/high_max"] = extreme("max", segments.mean(high)[present].max())
-    return stats
-
-
-def _sampler_stats(old: Tensor, batch: RolloutBatch) -> dict[str, Stat]:
-    """How far the engine's policy is from the trainer's on the sampled tokens, in nats."""
-    if batch.sampler_logprobs is None or not old.numel():
-        return {}
-    gap = (old.detach() - batch.sampler_logprobs).abs()
-    known = gap[torch.isfinite(gap)]
-    name = "sampling/sampling_logp_difference"
-    stats = {f"{name}/mean": mean(known.sum(), known.numel())}
-    return stats | ({f"{name}/max": extreme("max", known.max())} if known.numel() else {})
+def _with_entropy(
+    loss: Tensor, entropy: Tensor | None, coefficient: float, batch: RolloutBatch
+) -> tuple[Tensor, dict[str, Stat]]:
+    """Returns the loss less the entropy bonus, a mean over the window's tokens for every recipe."""
+    if entropy is None:
+        if coefficient:
+            raise ValueError("entropy_coef is set but no entropy was given")
+        return loss, {}
+    stats = {"entropy": mean(entropy.sum(), entropy.numel())}
+    if not coefficient:
+        return loss, stats
+    kept = entropy if batch.entropy_keep is None else entropy * batch.entropy_keep.to(entropy.dtype)
+    count = batch.totals.tokens if batch.entropy_keep is None else batch.totals.entropy_tokens
+    stats["policy_loss"] = extreme("sum", loss)
+    return loss - coefficient * kept.sum() / max(count, 1), stats

@@ -12,7 +12,7 @@ class Recipe:
     ratio_level: str = "token"
     aggregation: str
     advantage: str = "group_norm"
-    defaults: Mapping[str, float] = field(default_factory=dict[str, float])
+    defaults: Mapping[str, float | str] = field(default_factory=dict[str, float | str])
     paper: str = ""
     note: str = ""
 
@@ -42,5 +42,147 @@ RECIPES: dict[str, Recipe] = {
         defaults={"clip_high": 0.28},
         paper="2503.14476",
         note="every token weighs the same; more room upwards than downwards",
+    ),
+    "gspo": Recipe(
+        surrogate="ppo_clip",
+        ratio_level="sequence",
+        aggregation="sequence_mean",
+        defaults={"clip_low": 3e-4, "clip_high": 4e-4},
+        paper="2507.18071",
+        note="ratio and clip of the whole completion; steadier for mixture-of-experts models",
+    ),
+    "gspo_token": Recipe(
+        surrogate="ppo_clip",
+        ratio_level="sequence_token",
+        aggregation="sequence_mean",
+        defaults={"clip_low": 3e-4, "clip_high": 4e-4},
+        paper="2507.18071",
+        note="as gspo, where advantages differ inside a completion",
+    ),
+    "luspo": Recipe(
+        surrogate="ppo_clip",
+        ratio_level="sequence",
+        aggregation="sequence_sum",
+        defaults={"clip_low": 2e-3, "clip_high": 2.5e-3},
+        paper="2602.05261",
+        note="gspo without the division by the length",
+    ),
+    "cispo": Recipe(
+        surrogate="cispo",
+        aggregation="token_mean",
+        paper="2506.13585",
+        note="caps the weight instead of clipping the gradient; rare tokens keep learning",
+    ),
+    "scalerl": Recipe(
+        surrogate="cispo",
+        aggregation="prompt_mean",
+        advantage="batch_norm",
+        paper="2510.13786",
+        note="cispo with every prompt weighing the same",
+    ),
+    "sapo": Recipe(
+        surrogate="sapo",
+        aggregation="sequence_mean",
+        paper="2511.20347",
+        note="a smooth gate in place of the clip",
+    ),
+    "vespo": Recipe(
+        surrogate="vespo",
+        aggregation="token_mean",
+        paper="2602.10693",
+        note="a smooth weight of the completion's whole ratio; for stale rollouts",
+    ),
+    "gmpo": Recipe(
+        surrogate="gmpo",
+        aggregation="sequence_mean",
+        paper="2507.20673",
+        note="geometric mean of clipped token ratios; robust to single tokens",
+    ),
+    "gpg": Recipe(
+        surrogate="reinforce",
+        aggregation="token_mean",
+        advantage="gpg",
+        paper="2504.02546",
+        note="no ratio at all; scaled up by the share of groups with signal",
+    ),
+    "rloo": Recipe(
+        surrogate="reinforce",
+        aggregation="sequence_sum",
+        advantage="leave_one_out",
+        paper="2402.14740",
+        note="REINFORCE with the other completions as baseline",
+    ),
+    "reinforce_pp": Recipe(
+        surrogate="ppo_clip",
+        aggregation="token_mean",
+        advantage="reinforce_pp",
+        defaults={"kl_estimator": "k2"},
+        paper="2501.03262",
+        note="advantages whitened over all tokens of the rollout",
+    ),
+    "maxrl": Recipe(
+        surrogate="ppo_clip",
+        aggregation="token_mean",
+        advantage="maxrl",
+        defaults={"clip_high": 0.28},
+        paper="2602.02710",
+        note="divides by the group's mean: rare successes count most; rewards >= 0",
+    ),
+    "gdpo": Recipe(
+        surrogate="ppo_clip",
+        aggregation="sequence_mean",
+        advantage="gdpo",
+        paper="2601.05242",
+        note="several rewards, each normalised by itself before they are added",
+    ),
+    "pass_at_k": Recipe(
+        surrogate="ppo_clip",
+        aggregation="token_mean",
+        advantage="pass_at_k",
+        paper="2503.19595",
+        note="only the best completion of a group learns",
+    ),
+    "dppo_tv": Recipe(
+        surrogate="dppo_tv",
+        aggregation="token_mean",
+        defaults={"dppo_low": 0.2, "dppo_high": 0.2},
+        paper="2602.04879",
+        note="trust region on the probability itself, not on the ratio",
+    ),
+    "dppo_kl": Recipe(
+        surrogate="dppo_kl",
+        aggregation="token_mean",
+        paper="2602.04879",
+        note="as dppo_tv, in KL; dppo_low and dppo_high must be given",
+    ),
+    "clip_cov": Recipe(
+        surrogate="clip_cov",
+        aggregation="token_mean",
+        paper="2505.22617",
+        note="keeps entropy up by silencing a few tokens of high covariance",
+    ),
+    "kl_cov": Recipe(
+        surrogate="kl_cov",
+        aggregation="token_mean",
+        paper="2505.22617",
+        note="keeps entropy up by holding back the tokens of highest covariance",
+    ),
+    "fipo": Recipe(
+        surrogate="fipo",
+        aggregation="token_mean",
+        paper="2603.19835",
+        note="weighs a token by how the rest of its completion has moved",
+    ),
+    "dro": Recipe(
+        surrogate="dro",
+        aggregation="token_mean",
+        note="quadratic pull to the old policy, as in verl; dro_coef must be given",
+    ),
+    "real": Recipe(
+        surrogate="real",
+        aggregation="sequence_mean",
+        advantage="group_mean",
+        paper="2602.05630",
+        note="good against bad completions of a group as a classification",
     ),
 }

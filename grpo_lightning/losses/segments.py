@@ -36,3 +36,21 @@ class Segments:
     def spread(self, y: Tensor) -> Tensor:
         """[S] -> [N]: each token gets its completion's value."""
         return y[self.ids]
+
+    def group_sum(self, y: Tensor) -> Tensor:
+        """[S] -> [P]."""
+        if y.numel() == 0:
+            return y.new_zeros(self.group_tokens.shape) + y.sum()
+        counts = torch.bincount(self.groups, minlength=self.group_tokens.numel())
+        return torch.segment_reduce(y, "sum", lengths=counts, initial=0.0, unsafe=True)
+
+    def discounted_rest(self, x: Tensor, gamma: float) -> Tensor:
+        """[N] -> [N]: sum over m >= n of the same completion of gamma^(m - n) x_m, in log2 N steps."""
+        out, step = x, 1
+        longest = int(self.lengths.max()) if self.lengths.numel() else 0
+        while step < longest:
+            same = self.ids[step:] == self.ids[:-step]
+            ahead = torch.zeros_like(out)
+            ahead[:-step] = torch.where(same, out[step:], 0.0)
+            out, step = out + gamma**step * ahead, step * 2
+        return out

@@ -1,23 +1,29 @@
 """Surrogates: the per-token objective, minimised. A row is a function that asks by name for what it needs.
 
-Any of `AVAILABLE` may be a parameter; most need `(ratio, advantages, logprobs, config)`.
+Any of `AVAILABLE` may be a parameter; most need `(ratio, advantages, logprobs, config)`. The rows are in
+`objectives.py`.
 """
 
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import torch
 from torch import Tensor
 
 from grpo_lightning.errors import ConfigError, choices
 
-if TYPE_CHECKING:
-    from grpo_lightning.losses.config import LossConfig
-
-AVAILABLE = ("ratio", "advantages", "logprobs", "log_ratio", "segments", "config")
-"""ratio, advantages, logprobs, log_ratio [N]; segments: sums per completion; config: the LossConfig"""
+AVAILABLE = (
+    "ratio",  # [N] of the ratio level
+    "advantages",  # [N]
+    "logprobs",  # [N] with gradient
+    "log_ratio",  # [N] clamped, token level
+    "old_logprobs",  # [N]
+    "correction",  # [N] sampler correction, 1 where there is none
+    "selected",  # [N] bool, the covariance selection of the window
+    "segments",  # sums per completion and group
+    "config",  # the LossConfig
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,23 +35,37 @@ class Surrogate:
     levels: tuple[str, ...]
     formula: str
     paper: str
+    required: tuple[str, ...] = ()
+    """options that have no sensible default"""
+    folds_correction: bool = False
+    """multiplies the sampler correction itself"""
+    whole_groups: bool = False
+    """returns one number for all groups, which must not be cut; divided by the window's two-class groups"""
+    needs_old: bool = False
+    """needs log-probabilities from before the first update, for the whole window"""
+    picks_at_random: bool = False
+    """selects at random among tokens of high covariance, not the highest"""
 
     def __call__(self, **inputs: Any) -> Tensor:
-        """Returns l [N]."""
+        """Returns l [N], or a scalar with `whole_groups`."""
         return self.function(**{name: inputs[name] for name in self.wants})
 
 
 SURROGATES: dict[str, Surrogate] = {}
+ALL_LEVELS = ("token", "sequence", "sequence_token")
 
 
 def register_surrogate(
-    name: str,
-    *,
-    levels: tuple[str, ...] = ("token", "sequence", "sequence_token"),
-    formula: str = "",
-    paper: str = "",
+    name: str, *, levels: tuple[str, ...] = ALL_LEVELS, formula: str = "", paper: str = "", **flags: Any
 ) -> Callable[[Callable[..., Tensor]], Callable[..., Tensor]]:
     """Returns a decorator that adds a function of `AVAILABLE` names, returning [N], to the table.
+
+    Args:
+        name: key in the table.
+        levels: ratio levels that make sense with it.
+        formula: of l, for the documentation.
+        paper: arXiv id.
+        flags: further fields of `Surrogate`.
 
     Raises:
         ConfigError: the function asks for something that is not available.
@@ -56,21 +76,7 @@ def register_surrogate(
         for want in wants:
             if want not in AVAILABLE:
                 raise ConfigError(f"surrogate {name!r} asks for the argument {choices(want, AVAILABLE)}")
-        SURROGATES[name] = Surrogate(function, wants, levels, formula, paper)
+        SURROGATES[name] = Surrogate(function, wants, levels, formula, paper, **flags)
         return function
 
     return add
-
-
-@register_surrogate(
-    "ppo_clip",
-    formula="-min(min(ratio, dual_clip) * A, clip(ratio, 1 - clip_low, 1 + clip_high) * A)",
-    paper="2402.03300",
-)
-def ppo_clip(ratio: Tensor, advantages: Tensor, config: "LossConfig") -> Tensor:
-    """Returns PPO's clipped objective; `dual_clip` bounds what a negative advantage can cost (1912.09729)."""
-    assert config.clip_low is not None
-    assert config.clip_high is not None
-    free = ratio if config.dual_clip is None else ratio.clamp(max=config.dual_clip)
-    clipped = ratio.clamp(1 - config.clip_low, 1 + config.clip_high)
-    return -torch.minimum(free * advantages, clipped * advantages)

@@ -1,7 +1,7 @@
 """One rollout: prompts in, scored and packed completions out."""
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from time import perf_counter
 from typing import Any
@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 
 from grpo_lightning import advantages as adv
-from grpo_lightning.batch import Completion, PromptBatch, RolloutBatch, SamplingParams
+from grpo_lightning.batch import RolloutBatch
 from grpo_lightning.errors import EngineError
 from grpo_lightning.metrics import all_sum, length_stats, reward_stats
 from grpo_lightning.rewards.suite import Rewards, Scores
 from grpo_lightning.rollout.engine import Request, RolloutEngine, describe, sample_seeds
+from grpo_lightning.samples import Completion, PromptBatch, SamplingParams
 from grpo_lightning.stats import Stat, mean_of
 
 Phase = Callable[[str], AbstractContextManager[Any]]
@@ -83,15 +84,13 @@ class Collector:
             )
             for ids, uid in zip(prompts.prompt_ids, prompts.uids, strict=True)
         ]
-        started = perf_counter()
-        with self.phase("generate"):
+        seconds: dict[str, float] = {}
+        with self._timed("generate", seconds):
             completions = self.engine.generate(requests, self.sampling) if requests else []
-        generated = perf_counter()
         if [len(c) for c in completions] != [len(r.seeds) for r in requests]:
             raise EngineError(f"{describe(self.engine)} returned {[len(c) for c in completions]} completions")
-        with self.phase("reward"):
+        with self._timed("reward", seconds):
             texts, scores = self._score(prompts, completions, trainer_state)
-        scored = perf_counter()
         group_ids = torch.arange(len(requests)).repeat_interleave(self.num_generations)
         by_function = torch.tensor(scores.values, dtype=torch.float64).reshape(len(texts), len(scores.names))
         rewards = adv.RewardTable(
@@ -99,6 +98,7 @@ class Collector:
             weights=torch.tensor(scores.weights, dtype=torch.float64),
             group_ids=group_ids,
             num_groups=len(requests),
+            lengths=torch.tensor([len(c.token_ids) for group in completions for c in group]),
             all_sum=all_sum,
         )
         advantages = adv.compute_advantages(self.advantage, rewards, clip=self.advantage_clip)
@@ -118,8 +118,7 @@ class Collector:
             **length_stats(completions, self.num_generations * sum(map(len, prompts.prompt_ids))),
             **reward_stats(scores.names, by_function, rewards.total, group_ids, len(requests)),
             **{name: mean_of([value]) for name, value in scores.metrics.items()},
-            "time/generate": mean_of([generated - started]),
-            "time/reward": mean_of([scored - generated]),
+            **{f"time/{name}": mean_of([s]) for name, s in seconds.items()},
         }
         return Rollout(
             batch=batch,
@@ -129,6 +128,13 @@ class Collector:
             samples=_samples(prompts, texts, scores, rewards.total, advantages, self.num_generations),
             scores=scores,
         )
+
+    @contextmanager
+    def _timed(self, name: str, seconds: dict[str, float]) -> Iterator[None]:
+        started = perf_counter()
+        with self.phase(name):
+            yield
+        seconds[name] = perf_counter() - started
 
     def _score(
         self, prompts: PromptBatch, completions: Sequence[Sequence[Completion]], trainer_state: Any

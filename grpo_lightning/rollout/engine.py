@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
-from grpo_lightning.batch import Completion, SamplingParams
 from grpo_lightning.policy import Policy
+from grpo_lightning.samples import Completion, SamplingParams
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

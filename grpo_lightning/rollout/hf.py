@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from grpo_lightning.batch import Completion, SamplingParams
 from grpo_lightning.errors import ConfigError, EngineError
 from grpo_lightning.policy import Policy
 from grpo_lightning.rollout.engine import EngineContext, Request
 from grpo_lightning.rollout.sampling import choose, uniforms
+from grpo_lightning.samples import Completion, SamplingParams
 
 
 class HFEngine:

@@ -4,10 +4,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from grpo_lightning.batch import Completion, SamplingParams
 from grpo_lightning.errors import ConfigError, EngineError
 from grpo_lightning.policy import Policy
 from grpo_lightning.rollout.engine import EngineContext, Request
+from grpo_lightning.samples import Completion, SamplingParams
 
 
 def write_parquet(path: Path, columns: Mapping[str, Sequence[Any]]) -> None:

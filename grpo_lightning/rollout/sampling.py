@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from grpo_lightning.batch import SamplingParams
+from grpo_lightning.samples import SamplingParams
 
 _MASK = (1 << 64) - 1
 

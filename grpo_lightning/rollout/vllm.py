@@ -3,10 +3,10 @@
 import importlib.util
 from collections.abc import Sequence
 
-from grpo_lightning.batch import Completion, SamplingParams
 from grpo_lightning.errors import ConfigError, EngineError
 from grpo_lightning.policy import Policy
 from grpo_lightning.rollout.engine import EngineContext, Request
+from grpo_lightning.samples import Completion, SamplingParams
 
 
 class VLLMEngine:

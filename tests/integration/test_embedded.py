@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from grpo_lightning.batch import SamplingParams
 from grpo_lightning.loading import load_policy
 from grpo_lightning.models import EMBEDDED_MODEL, resolve_model
 from grpo_lightning.rollout import HFEngine, Request
+from grpo_lightning.samples import SamplingParams
 
 pytestmark = pytest.mark.demo
 

@@ -12,7 +12,7 @@ from models import save_tiny
 from grpo_lightning import GRPOModule, PromptDataModule, RolloutCallback, SamplingParams
 from grpo_lightning.callbacks import AdapterCheckpointIO, RunReport, SampleTable, ValidationConfig
 from grpo_lightning.errors import ConfigError, EngineError
-from grpo_lightning.losses import LossConfig
+from grpo_lightning.losses import RECIPES, LossConfig
 from grpo_lightning.rollout import HFEngine, ReplayEngine
 
 
@@ -24,6 +24,10 @@ def model_folder(tmp_path_factory):
 def vowels(completions, **_):
     """More vowels are better; a signal a random model can follow."""
     return [sum(c in "aeiou" for c in text) / 8 for text in completions]
+
+
+def long(completions, **_):
+    return [len(text) / 8 for text in completions]
 
 
 ROWS = [{"prompt": f"say {i}", "answer": str(i)} for i in range(12)]
@@ -164,6 +168,39 @@ def test_32_completions_split_1_2_4_give_one_gradient(model_folder, tmp_path, na
     assert any(g.abs().max() > 1e-4 for g in grads[0].values())
     for other in grads[1:]:
         assert max((other[n] - g).abs().max().item() for n, g in grads[0].items()) <= 1e-6 * scale
+
+
+REQUIRED = {"dppo_kl": {"dppo_low": 0.05, "dppo_high": 0.05}, "dro": {"dro_coef": 0.1}}
+
+
+@pytest.mark.parametrize("name", [n for n in RECIPES if n != "bnpo"])
+def test_every_recipe_trains_and_does_not_depend_on_the_split(model_folder, tmp_path, name):
+    """Two updates per rollout: in the second, ratios are not 1."""
+    changes = {"cov_frac": 0.1, "cov_low": -1.0} if "cov" in name else REQUIRED.get(name, {})
+    results = []
+    for k in (1, 2):
+        m = module(model_folder, loss=LossConfig(name, **changes), optimizer=sgd)
+        r = rollout(
+            reward_funcs=[vowels, lambda completions, **_: [len(c) / 8 for c in completions]],
+            updates_per_rollout=2,
+        )
+        trainer(tmp_path / str(k), r, max_steps=2, accumulate_grad_batches=k).fit(m, data())
+        results.append(weights(m))
+    moved = max(w.abs().max().item() for n, w in results[0].items() if "lora_B" in n)
+    assert moved > 0
+    worst = max((results[1][n] - w).abs().max().item() for n, w in results[0].items())
+    assert worst <= 1e-5 * max(1.0, moved)
+
+
+def test_top_entropy_tokens_train_alike_under_any_split(model_folder, tmp_path):
+    results = []
+    for k in (1, 4):
+        loss = LossConfig("dapo", top_entropy_quantile=0.3, entropy_coef=0.01)
+        m = module(model_folder, loss=loss, optimizer=sgd)
+        trainer(tmp_path / str(k), rollout(), max_steps=2, accumulate_grad_batches=k).fit(m, data())
+        results.append(weights(m))
+    for n, w in results[0].items():
+        torch.testing.assert_close(results[1][n], w, atol=1e-5, rtol=0)
 
 
 def test_bnpo_gradient_depends_on_the_split_and_says_so(model_folder, tmp_path):

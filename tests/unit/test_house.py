@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "grpo_lightning"
 FLOORS = [  # from the ground up; a module may import its own floor's neighbours below it, never above
-    ("errors", "packing", "batch", "stats", "importing", "options", "_lazy"),
+    ("errors", "packing", "samples", "batch", "stats", "importing", "options", "_lazy"),
     ("losses", "advantages"),
     ("ops",),
     ("models", "layouts", "policy", "loading", "data", "rewards", "rollout.engine", "rollout.sampling",
@@ -74,7 +74,9 @@ def test_module_and_callbacks_do_not_know_each_other():
             assert "module" not in imports(path)
 
 
-@pytest.mark.parametrize("below", ["errors", "packing", "batch", "stats", "advantages", "losses", "ops"])
+@pytest.mark.parametrize(
+    "below", ["errors", "packing", "samples", "batch", "stats", "advantages", "losses", "ops"]
+)
 def test_the_core_knows_torch_alone(below):
     allowed = {"torch", "grpo_lightning", *sys.stdlib_module_names}
     for name, path in modules().items():

@@ -6,20 +6,46 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import random_rollout
 
-from grpo_lightning.batch import Completion, LossTotals, RolloutBatch
+from grpo_lightning.batch import LossTotals, RolloutBatch
 from grpo_lightning.errors import ConfigError
 from grpo_lightning.losses import (
     AGGREGATIONS,
     RATIO_LEVELS,
     RECIPES,
     SURROGATES,
+    CorrectionConfig,
     LossConfig,
     policy_loss,
     register_surrogate,
 )
+from grpo_lightning.samples import Completion
 from grpo_lightning.stats import combine, values
 
+REQUIRED = {"dppo_kl": {"dppo_low": 0.05, "dppo_high": 0.05}, "dro": {"dro_coef": 0.1}}
 SPLIT_INVARIANT = [n for n, r in RECIPES.items() if AGGREGATIONS[r.aggregation].split_invariant]
+PER_TOKEN = [n for n, r in RECIPES.items() if not SURROGATES[r.surrogate].whole_groups]
+
+
+def recipe(name, **changes):
+    return LossConfig(name, **{**REQUIRED.get(name, {}), **changes}).resolve()
+
+
+def with_selection(b, seed=0):
+    """A rollout with everything that some recipe asks of the window."""
+    g = torch.Generator().manual_seed(seed)
+    both = sum(
+        bool((a := b.advantages[(b.group_ids == p) & (torch.tensor(b.lengths) > 0)]).numel())
+        and bool((a > 0).any())
+        and bool((a <= 0).any())
+        for p in range(len(b.prompt_lengths))
+    )
+    return replace(
+        b,
+        selected=torch.rand(len(b.target_ids), generator=g) < 0.2,
+        totals=replace(b.totals, two_class_groups=int(both)),
+    )
+
+
 OLD = torch.tensor([-1.0, -2.0, -0.5, -1.5, -0.25], dtype=torch.float64)
 RATIO = torch.tensor([1.0, 1.5, 0.5, 0.7, 1.25], dtype=torch.float64)
 REF = torch.tensor([-1.2, -1.5, -1.0, -1.5, -0.5], dtype=torch.float64)
@@ -70,6 +96,43 @@ GOLDEN = [  # losses.md G1, G2
 ]
 
 
+SELECTED = torch.tensor([False, False, False, True, False])  # the largest covariance of F
+GOLDEN_OTHERS = [  # losses.md G3
+    (LossConfig("gspo", clip_low=0.2, clip_high=0.2), -0.22042656, [*[-0.151427] * 3, *[0.116927] * 2]),
+    (LossConfig("gspo_token", clip_low=0.2, clip_high=0.2), -0.22042656, [*[-0.151427] * 3, *[0.116927] * 2]),
+    (LossConfig("gspo"), -0.20435515, [*[-0.151427] * 3, 0, 0]),
+    (LossConfig("luspo", clip_low=0.2, clip_high=0.2), -0.89513327, [*[-0.454280] * 3, *[0.233854] * 2]),
+    (LossConfig("luspo"), -0.86384044, [*[-0.454280] * 3, 0, 0]),
+    (LossConfig("dapo", surrogate="reinforce"), 0.56918328, [*[-0.2] * 3, *[0.1] * 2]),
+    (LossConfig("rloo"), 1.42295819, [*[-0.5] * 3, *[0.25] * 2]),
+    (LossConfig("cispo"), 0.66435088, [-0.2, -0.3, -0.1, 0.07, 0.125]),
+    (LossConfig("cispo", cispo_weight_max=1.2), 0.56881307, [-0.2, -0.24, -0.1, 0.07, 0.12]),
+    (LossConfig("sapo"), -0.52993071, [-0.166667, -0.235004, -0.078335, 0.085365, 0.153589]),
+    (LossConfig("vespo"), 0.74006309, [*[-0.238162] * 3, *[0.086020] * 2]),
+    (LossConfig("gmpo"), -0.21959975, [-0.151151, 0, -0.151151, 0.116927, 0.116927]),
+    (LossConfig("dppo_tv", dppo_low=0.05, dppo_high=0.05), 0.31595766, [-0.2, 0, -0.1, 0, 0.125]),
+    (LossConfig("dppo_kl", dppo_low=0.01, dppo_high=0.01), 0.31595766, [-0.2, 0, -0.1, 0, 0.125]),
+    (LossConfig("dro", dro_coef=0.1), 0.57740193, [-0.2, -0.191891, -0.213863, 0.092867, 0.104463]),
+    (LossConfig("kl_cov", cov_frac=0.2), -0.33366501, [-0.2, -0.3, -0.1, -0.13, 0.125]),
+    (LossConfig("fipo", clip_high=0.28), -0.326, [-0.2, 0, -0.1, 0, 0.15]),
+]
+
+
+@pytest.mark.parametrize(("config", "loss", "grad"), GOLDEN_OTHERS)
+def test_golden_surrogates(config, loss, grad):
+    got, g, _ = value_and_grad(fixture(selected=SELECTED), config)
+    assert got == pytest.approx(loss, abs=1e-7)
+    close(g, grad)
+
+
+def test_golden_real():
+    b = fixture()
+    b = replace(b, totals=replace(b.totals, two_class_groups=1))
+    got, g, _ = value_and_grad(b, LossConfig("real"))
+    assert got == pytest.approx(1.42224067, abs=1e-7)
+    close(g, [*[-0.365200] * 3, *[0.466667] * 2])
+
+
 @pytest.mark.parametrize(("config", "loss", "grad"), GOLDEN)
 def test_golden(config, loss, grad):
     got, g, _ = value_and_grad(fixture(), config)
@@ -100,11 +163,83 @@ def test_golden_dual_clip(advantage, ratio, cap, loss, grad):
     assert g.item() == pytest.approx(grad)
 
 
+SAMPLER = OLD - torch.tensor([0.2, 1.0, -0.7, 0.1, -0.3], dtype=torch.float64)
+CORRECTED = [  # losses.md G5
+    ({"high": 2.0}, -0.62492313, [-0.244281, 0, -0.049659, 0, 0.092602]),
+    ({"mode": "mask", "low": 0.5, "high": 2.0}, -0.06326460, [-0.244281, 0, 0, 0, 0.092602]),
+    ({"mode": "mask", "low": 0.5, "high": 5.0}, -0.75914475, [-0.244281, 0, 0, 0, 0.092602]),
+    ({"level": "sequence", "high": 1.5}, -0.66616020, [-0.3, 0, -0.15, 0, 0.102341]),
+    ({"level": "sequence", "mode": "mask", "high": 1.5}, 0.16783980, [0, 0, 0, 0, 0.102341]),
+    ({"level": "geometric", "mode": "gate", "low": 0.9, "high": 1.15}, 0.18101595, [0, 0, 0, 0, 0.092602]),
+    ({"level": "geometric", "mode": "gate", "low": 0.95, "high": 1.15}, 0.0, [0, 0, 0, 0, 0]),
+    ({"mode": "off"}, -0.351, [-0.2, 0, -0.1, 0, 0.125]),
+]
+
+
+@pytest.mark.parametrize(("correction", "loss", "grad"), CORRECTED)
+def test_golden_corrections(correction, loss, grad):
+    config = LossConfig("dapo", correction=CorrectionConfig(**correction))
+    got, g, _ = value_and_grad(fixture(sampler_logprobs=SAMPLER), config)
+    assert got == pytest.approx(loss, abs=1e-7)
+    close(g, grad)
+
+
+def test_golden_effective_sample_size():
+    _, _, stats = value_and_grad(fixture(sampler_logprobs=SAMPLER), LossConfig("dapo"))
+    assert stats["sampling/ess"] == pytest.approx(0.82459296, abs=1e-7)
+    assert stats["sampling/importance_sampling_ratio/max"] == pytest.approx(2.71828183)
+    assert stats["sampling/importance_sampling_ratio/min"] == pytest.approx(0.49658530)
+
+
+def test_bypass_takes_the_engines_policy_as_the_old_one():
+    config = LossConfig("dapo", correction=CorrectionConfig(bypass=True))
+    got = value_and_grad(fixture(sampler_logprobs=SAMPLER), config)[0]
+    want = value_and_grad(replace(fixture(), old_logprobs=SAMPLER), LossConfig("dapo"))[0]
+    assert got == pytest.approx(want, abs=1e-12)
+
+
+def test_golden_off_policy_mask():
+    config = LossConfig("dapo", off_policy_threshold=0.1, correction=CorrectionConfig(mode="off"))
+    got, g, stats = value_and_grad(fixture(sampler_logprobs=SAMPLER), config)
+    assert got == pytest.approx(-0.556, abs=1e-7)
+    close(g, [-0.2, 0, -0.1, 0, 0])
+    assert stats["off_policy/dropped_sequence_frac"] == 0.5
+
+
+def test_golden_top_entropy():
+    keep = torch.tensor([True, False, False, False, True])
+    b = fixture(entropy_keep=keep)
+    b = replace(b, totals=replace(b.totals, entropy_tokens=2))
+    got, g, _ = value_and_grad(b, LossConfig("dapo", top_entropy_quantile=0.4))
+    assert got == pytest.approx(-0.075, abs=1e-7)
+    close(g, [-0.2, 0, 0, 0, 0.125])
+    entropy = torch.tensor([2.0, 0.5, 0.2, 0.3, 1.0], dtype=torch.float64)
+    bonus = LossConfig("dapo", top_entropy_quantile=0.4, entropy_coef=0.01)
+    assert value_and_grad(b, bonus, entropy=entropy)[0] - got == pytest.approx(-0.015, abs=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"mode": "mask", "high": None}, "give one of them"),
+        ({"low": 3.0, "high": 2.0}, "low < high"),
+        ({"level": "word"}, r"correction\.level"),
+        ({"mode": "maks"}, "did you mean 'mask'"),
+    ],
+)
+def test_correction_errors(changes, message):
+    with pytest.raises(ConfigError, match=message):
+        CorrectionConfig(**changes)
+
+
 KL_GOLDEN = [  # losses.md G4
     ({"kl_bias_correction": False}, 0.00422676, [0.003625, -0.001983, -0.004261, -0.008571, 0.007539]),
     ({}, 0.00412329, [0.004, -0.002836, -0.001931, -0.004993, 0.011829]),
     ({"ratio_level": "sequence"}, 0.00393054, [0.003556, -0.001540, -0.003610, -0.006446, 0.008625]),
     ({"ratio_level": "sequence_token"}, 0.00393054, [0.003634, -0.001718, -0.003510, -0.006673, 0.008852]),
+    ({"kl_estimator": "k2"}, 0.00437325, [0.004, -0.001891, -0.003863, -0.007134, 0.009463]),
+    ({"kl_estimator": "k3_straight"}, 0.00422676, [0.004, -0.001891, -0.003863, -0.007134, 0.009463]),
+    ({"kl_estimator": "k1"}, 0.00606762, [0.024, 0.027164, 0.008069, 0.009007, 0.036829]),
 ]
 
 
@@ -164,26 +299,32 @@ def test_any_split_gives_one_gradient(name, seed, m):
     n = len(b.target_ids)
     g = torch.Generator().manual_seed(seed)
     b = replace(
-        b,
+        with_selection(b, seed),
         old_logprobs=-torch.rand(n, generator=g, dtype=torch.float64),
         ref_logprobs=-torch.rand(n, generator=g, dtype=torch.float64),
     )
     lp = -torch.rand(n, generator=g, dtype=torch.float64)
-    config = LossConfig(name, kl_coef=0.1)
+    config = recipe(name, kl_coef=0.1)
     whole = gradient(b, config, lp)
     parts, start = [], 0
-    for p in b.split(m):
+    for p in b.split(m, whole_groups=config.objective.whole_groups):
         parts.append(gradient(p, config, lp[start : start + len(p.target_ids)]))
         start += len(p.target_ids)
     torch.testing.assert_close(torch.cat(parts), whole, atol=1e-12, rtol=0)
 
 
-@pytest.mark.parametrize("name", RECIPES)
-@pytest.mark.parametrize("level", RATIO_LEVELS)
+def levels_of(names):
+    """Pairs of a recipe and a ratio level that it takes."""
+    levels = {n: SURROGATES[RECIPES[n].surrogate].levels for n in names}
+    return [(n, level) for n in names for level in RATIO_LEVELS if level in levels[n]]
+
+
+@pytest.mark.parametrize(("name", "level"), levels_of(PER_TOKEN))
 def test_ratio_one_is_reinforce(name, level):
     b = random_rollout(seed=3)
+    b = replace(b, selected=torch.zeros(len(b.target_ids), dtype=torch.bool))
     lp = -torch.rand(len(b.target_ids), dtype=torch.float64)
-    config = LossConfig(name, ratio_level=level).resolve()
+    config = recipe(name, ratio_level=level)
     g = gradient(b, config, lp)
     from grpo_lightning.losses.segments import Segments
 
@@ -191,44 +332,84 @@ def test_ratio_one_is_reinforce(name, level):
     torch.testing.assert_close(g, -weights * b.advantages[b.sequence_ids].double(), atol=1e-12, rtol=1e-6)
 
 
-@pytest.mark.parametrize("name", RECIPES)
-@pytest.mark.parametrize("level", RATIO_LEVELS)
-def test_gradcheck(name, level):
-    b = random_rollout(seed=5)
+def frozen_difference(loss, lp, monkeypatch, step=1e-6):
+    """Central differences of `loss` at `lp` with everything detached held at its value there."""
+    held, real = [], torch.Tensor.detach
+    monkeypatch.setattr(torch.Tensor, "detach", lambda x: held.append(real(x)) or held[-1])
+    loss(lp)
+
+    def at(x):
+        values = iter(held)
+        monkeypatch.setattr(torch.Tensor, "detach", lambda _: next(values))
+        return loss(x)
+
+    slopes = []
+    for n in range(len(lp)):
+        e = torch.zeros_like(lp)
+        e[n] = step
+        slopes.append((at(lp + e) - at(lp - e)) / (2 * step))
+    monkeypatch.undo()
+    return torch.stack(slopes)
+
+
+@pytest.mark.parametrize(("name", "level"), levels_of(RECIPES))
+@pytest.mark.parametrize("kl", ["k1", "k3", "k3_straight"])
+def test_gradients_are_differences_with_detached_parts_held(name, level, kl, monkeypatch):
+    b = with_selection(random_rollout(seed=5))
     n = len(b.target_ids)
+    g = torch.Generator().manual_seed(9)
     b = replace(
-        b, old_logprobs=-torch.rand(n, dtype=torch.float64), ref_logprobs=-torch.rand(n, dtype=torch.float64)
+        b,
+        old_logprobs=-torch.rand(n, dtype=torch.float64, generator=g),
+        ref_logprobs=-torch.rand(n, dtype=torch.float64, generator=g),
+        sampler_logprobs=-torch.rand(n, dtype=torch.float64, generator=g),
     )
-    lp = (-torch.rand(n, dtype=torch.float64)).requires_grad_()
-    config = LossConfig(name, ratio_level=level, kl_coef=0.05)
-    if level == "sequence_token":  # its gradient is not that of its value, by definition
-        assert torch.isfinite(gradient(b, config, lp)).all()
-    else:
-        assert torch.autograd.gradcheck(lambda x: policy_loss(x, b, config).loss, lp)
+    lp = -torch.rand(n, dtype=torch.float64, generator=g)
+    config = recipe(name, ratio_level=level, kl_coef=0.05, kl_estimator=kl)
+    want = frozen_difference(lambda x: policy_loss(x, b, config).loss, lp, monkeypatch)
+    torch.testing.assert_close(gradient(b, config, lp), want, atol=1e-8, rtol=1e-6)
 
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_nothing_to_train_is_zero_and_differentiable(name):
-    b = random_rollout().take([])
+    b = with_selection(random_rollout()).take([])
     lp = torch.zeros(0, requires_grad=True)
-    out = policy_loss(lp, b, LossConfig(name))
+    out = policy_loss(lp, b, recipe(name))
     out.loss.backward()
     assert out.loss.item() == 0.0
     assert values(out.stats)["loss"] == 0.0
 
 
 @pytest.mark.parametrize("name", RECIPES)
-@pytest.mark.parametrize("gap", [100.0, -100.0])
-def test_far_ratios_are_finite_without_gradient(name, gap):
-    b = replace(fixture(), old_logprobs=OLD)
-    loss, g, _ = value_and_grad(b, LossConfig(name, clip_low=0.99), OLD + gap)
-    assert torch.isfinite(torch.tensor(loss))
-    assert g.tolist() == [0.0] * 5
+def test_only_empty_completions_are_zero_and_differentiable(name):
+    b = with_selection(fixture((0, 0), (0, 0)))
+    lp = torch.zeros(0, requires_grad=True)
+    out = policy_loss(lp, replace(b, old_logprobs=None), recipe(name))
+    out.loss.backward()
+    assert out.loss.item() == 0.0
 
 
 @pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("gap", [100.0, -100.0])
+def test_far_ratios_are_finite(name, gap):
+    b = replace(with_selection(fixture()), old_logprobs=OLD)
+    loss, g, _ = value_and_grad(b, recipe(name), OLD + gap)
+    assert torch.isfinite(torch.tensor(loss))
+    assert torch.isfinite(g).all()
+    if (
+        SURROGATES[RECIPES[name].surrogate].wants
+        and "logprobs" not in SURROGATES[RECIPES[name].surrogate].wants
+    ):
+        assert g.tolist() == [0.0] * 5
+
+
+ZERO_AT_ZERO = [n for n in PER_TOKEN if RECIPES[n].surrogate not in ("dro", "kl_cov")]
+
+
+@pytest.mark.parametrize("name", ZERO_AT_ZERO)
 def test_dead_group_has_gradient_exactly_zero(name):
-    g = gradient(fixture(advantages=(0.0, 0.0)), LossConfig(name), OLD + RATIO.log())
+    b = with_selection(fixture(advantages=(0.0, 0.0)))
+    g = gradient(b, recipe(name), OLD + RATIO.log())
     assert g.tolist() == [0.0] * 5
 
 

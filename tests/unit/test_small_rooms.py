@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from grpo_lightning.batch import Completion
 from grpo_lightning.errors import ConfigError, choices
 from grpo_lightning.metrics import length_stats, over_ranks, reward_stats
+from grpo_lightning.samples import Completion
 from grpo_lightning.schedulers import WarmupCosine
 from grpo_lightning.stats import combine, extreme, mean, mean_of, spread_of, values
 

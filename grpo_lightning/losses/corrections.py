@@ -1,0 +1,127 @@
+"""Corrections for what the sampler was not: importance weights, and completions or tokens that are left out.
+
+All of it is without gradient, and none of it changes the weights of an aggregation: what is dropped keeps its
+place in the denominator.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from grpo_lightning.batch import RolloutBatch
+from grpo_lightning.errors import ConfigError, choices
+from grpo_lightning.losses.ratios import MAX_LOG_RATIO
+from grpo_lightning.losses.segments import Segments
+from grpo_lightning.stats import Stat, effective_share, extreme, mean
+
+LEVELS: dict[str, Callable[[Tensor, Segments], Tensor]] = {
+    "token": lambda m, s: m,
+    "sequence": lambda m, s: s.spread(s.sum(m).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)),
+    "geometric": lambda m, s: s.spread(s.mean(m)),
+}
+"""the logarithm of the statistic that is bounded; `sequence` is the product over a completion"""
+
+Bounds = tuple[float, float]
+MODES: dict[str, Callable[[Tensor, Tensor, Bounds], Tensor]] = {
+    "truncate": lambda q, token, b: q.clamp(*b),
+    "mask": lambda q, token, b: torch.where((q >= b[0]) & (q <= b[1]), q, 0.0),
+    "gate": lambda q, token, b: torch.where((q >= b[0]) & (q <= b[1]), token, 0.0),
+    "off": lambda q, token, b: torch.ones_like(q),
+}
+"""weights from the statistic `q`, the token weight and the bounds"""
+
+
+@dataclass(frozen=True)
+class CorrectionConfig:
+    """Importance weights between the engine's policy and the trainer's.
+
+    Args:
+        level: what is bounded: token, sequence (product over the completion) or geometric (its mean).
+        mode: truncate, mask (0 outside the bounds), gate (the level decides, the token weight is used), off.
+        low: lowest weight; null is no bound.
+        high: highest weight; null is no bound.
+        bypass: take the engine's log-probabilities as old ones; the clip then bounds the mismatch too.
+    """
+
+    level: str = "token"
+    mode: str = "truncate"
+    low: float | None = None
+    high: float | None = 2.0
+    bypass: bool = False
+
+    def __post_init__(self) -> None:
+        for key, table in (("level", LEVELS), ("mode", MODES)):
+            if (value := getattr(self, key)) not in table:
+                raise ConfigError(f"model.loss.correction.{key} is {choices(value, table)}")
+        low, high = self.bounds
+        if self.mode != "off" and ((self.low is None and self.high is None) or not low < high):
+            raise ConfigError(
+                f"model.loss.correction has low {self.low} and high {self.high}; give one of them, low < high"
+            )
+
+    @property
+    def bounds(self) -> Bounds:
+        """The bounds, open where none is given."""
+        return (0.0 if self.low is None else self.low, torch.inf if self.high is None else self.high)
+
+
+def correction_weights(
+    old: Tensor, batch: RolloutBatch, segments: Segments, config: CorrectionConfig
+) -> tuple[Tensor, dict[str, Stat]]:
+    """Returns c [N] and its statistics; 1 where the engine reported nothing.
+
+    Args:
+        old: [N] log-probabilities of the trainer's policy that sampled, without gradient.
+        batch: carries `sampler_logprobs`.
+        segments: of the batch.
+        config: level, mode and bounds.
+    """
+    sampler = batch.sampler_logprobs
+    if sampler is None or not old.numel():
+        return torch.ones_like(old), {}
+    gap = old - sampler
+    known = torch.isfinite(gap)
+    m = torch.where(known, gap, 0.0).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+    active = config.mode != "off" and not config.bypass
+    c = MODES[config.mode if active else "off"](
+        LEVELS[config.level](m, segments).exp(), m.exp(), config.bounds
+    )
+    n, present = old.numel(), segments.lengths > 0
+    dropped = (c == 0).to(c.dtype)
+    name = "sampling/importance_sampling_ratio"
+    ratio = m.exp()
+    stats = {
+        "sampling/missing_logprob_frac": mean((~known).sum(), n),
+        "sampling/sampling_logp_difference/mean": mean(gap[known].abs().sum(), known.sum()),
+        "sampling/prob_error": mean((-m).abs().exp().sum(), n),
+        f"{name}/mean": mean(ratio.sum(), n),
+        f"{name}/min": extreme("min", ratio.min()),
+        f"{name}/max": extreme("max", ratio.max()),
+        "sampling/ess": effective_share(c),
+        "sampling/dropped_token_frac": mean(dropped.sum(), n),
+        "sampling/dropped_sequence_frac": mean((segments.mean(dropped)[present] == 1).sum(), present.sum()),
+    }
+    if known.any():
+        stats["sampling/sampling_logp_difference/max"] = extreme("max", gap[known].abs().max())
+    return c, stats
+
+
+def off_policy_keep(
+    logprobs: Tensor, old: Tensor, batch: RolloutBatch, segments: Segments, threshold: float
+) -> tuple[Tensor, dict[str, Stat]]:
+    """Returns which tokens [N] stay: of completions with A >= 0 or a policy that moved little (2512.02556).
+
+    Args:
+        logprobs: [N] of the policy now, without gradient.
+        old: [N], in place of log-probabilities that the engine did not report.
+        batch: carries `sampler_logprobs` and advantages.
+        segments: of the batch.
+        threshold: highest mean of sampler minus policy over a completion, in nats per token.
+    """
+    sampler = old if batch.sampler_logprobs is None else batch.sampler_logprobs
+    sampler = torch.where(torch.isfinite(sampler), sampler, old)
+    keep = (batch.advantages >= 0) | (segments.mean(sampler - logprobs) <= threshold)
+    stats = {"off_policy/dropped_sequence_frac": mean((~keep).sum(), keep.numel())}
+    return segments.spread(keep.to(logprobs.dtype)), stats

@@ -1,0 +1,71 @@
+"""What the objectives report about themselves; TRL's metric names."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from grpo_lightning.losses.config import LossConfig
+from grpo_lightning.losses.objectives import dppo_kl_keep, dppo_tv_keep, vespo_phi
+from grpo_lightning.losses.segments import Segments
+from grpo_lightning.stats import Stat, extreme, mean
+
+
+def clip_stats(ratio: Tensor, advantages: Tensor, segments: Segments, config: LossConfig) -> dict[str, Stat]:
+    """How often the clip is active; minima and maxima run over the means of completions."""
+    clip_low, clip_high = config.clip_range
+    low = ((ratio < 1 - clip_low) & (advantages < 0)).to(ratio.dtype)
+    high = ((ratio > 1 + clip_high) & (advantages > 0)).to(ratio.dtype)
+    present = segments.lengths > 0
+    if config.ratio_level == "token":
+        shares = [(x.sum(), x.numel()) for x in (low, high, low + high)]
+    else:
+        shares = [(segments.mean(x)[present].sum(), present.sum()) for x in (low, high, low + high)]
+    stats = {
+        f"clip_ratio/{name}_mean": mean(total, count)
+        for name, (total, count) in zip(("low", "high", "region"), shares, strict=True)
+    }
+    if ratio.numel():
+        stats["clip_ratio/low_min"] = extreme("min", segments.mean(low)[present].min())
+        stats["clip_ratio/high_max"] = extreme("max", segments.mean(high)[present].max())
+    return stats
+
+
+def _cispo(i: Mapping[str, Any], s: Segments, c: LossConfig) -> dict[str, Stat]:
+    hit = (i["ratio"].detach() > c.cispo_weight_max) & (i["advantages"] > 0)
+    return {"cispo_clip_ratio": mean(hit.sum(), hit.numel())}
+
+
+def _vespo(i: Mapping[str, Any], s: Segments, c: LossConfig) -> dict[str, Stat]:
+    phi = vespo_phi(i["log_ratio"], i["advantages"], i["correction"], s, c)[s.lengths > 0]
+    return {"vespo/phi_seq_mean": mean(phi.sum(), phi.numel())}
+
+
+def _dppo_tv(i: Mapping[str, Any], s: Segments, c: LossConfig) -> dict[str, Stat]:
+    keep = dppo_tv_keep(i["advantages"], i["logprobs"], i["old_logprobs"], c)
+    return {"dppo/dropped_token_frac": mean((~keep).sum(), keep.numel())}
+
+
+def _dppo_kl(i: Mapping[str, Any], s: Segments, c: LossConfig) -> dict[str, Stat]:
+    keep = dppo_kl_keep(i["advantages"], i["logprobs"], i["old_logprobs"], c)
+    return {"dppo/dropped_token_frac": mean((~keep).sum(), keep.numel())}
+
+
+def _cov(i: Mapping[str, Any], s: Segments, c: LossConfig) -> dict[str, Stat]:
+    return {"cov/selected_frac": mean(i["selected"].sum(), i["selected"].numel())}
+
+
+_OF_SURROGATE = {
+    "cispo": _cispo,
+    "vespo": _vespo,
+    "dppo_tv": _dppo_tv,
+    "dppo_kl": _dppo_kl,
+    "clip_cov": _cov,
+    "kl_cov": _cov,
+}
+
+
+def objective_stats(inputs: Mapping[str, Any], segments: Segments, config: LossConfig) -> dict[str, Stat]:
+    """Returns what only this surrogate has to report."""
+    report = _OF_SURROGATE.get(str(config.surrogate))
+    return {} if report is None else report(inputs, segments, config)

@@ -1,0 +1,104 @@
+"""What a loss chooses once per window, over all ranks, from the numbers of the old policy.
+
+A choice made per micro-batch would depend on how the work is split; these do not.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from grpo_lightning.batch import RolloutBatch
+from grpo_lightning.losses.config import LossConfig
+
+Gather = Callable[[Any], list[Any]]
+"""returns the item of every rank, in rank order"""
+
+
+def choose_tokens(
+    parts: Sequence[RolloutBatch], config: LossConfig, *, seed: int, gather: Gather, rank: int = 0
+) -> list[RolloutBatch]:
+    """Returns the micro-batches of one window with the selections that `config` asks for.
+
+    Args:
+        parts: on the host, in order, with `old_logprobs` and `old_entropies`.
+        config: the recipe.
+        seed: of the random selection of clip_cov.
+        gather: over ranks.
+        rank: of this process.
+    """
+    config = config.resolve()
+    sizes = [len(p.target_ids) for p in parts]
+    fields: dict[str, Tensor] = {}
+    totals = parts[0].totals
+    if config.objective.needs_old:
+        fields["selected"] = _select(parts, config, seed + parts[0].policy_version, gather, rank)
+    if config.top_entropy_quantile < 1:
+        entropies = torch.cat([_given(p.old_entropies) for p in parts])
+        everything = torch.cat(gather(entropies))
+        keep = entropies >= quantile(everything, 1 - config.top_entropy_quantile)
+        totals = replace(totals, entropy_tokens=sum(gather(int(keep.sum()))))
+        fields["entropy_keep"] = keep
+    pieces = {name: torch.split(mask, sizes) for name, mask in fields.items()}
+    return [
+        replace(p, totals=totals, **{name: piece[i] for name, piece in pieces.items()})
+        for i, p in enumerate(parts)
+    ]
+
+
+def _given(x: Tensor | None) -> Tensor:
+    if x is None:
+        raise ValueError("the window was not scored by the old policy")
+    return x
+
+
+def _select(
+    parts: Sequence[RolloutBatch], config: LossConfig, seed: int, gather: Gather, rank: int
+) -> Tensor:
+    """Returns the tokens [N] of this rank that clip_cov or kl_cov selects, by covariance of A and l_old."""
+    advantages = torch.cat([p.advantages[p.sequence_ids] for p in parts]).double()
+    old = torch.cat([_given(p.old_logprobs) for p in parts]).double()
+    sums = torch.stack([advantages.sum(), old.sum(), torch.tensor(float(len(old)), dtype=torch.float64)])
+    counts = gather(sums)
+    mean_a, mean_l, total = torch.stack(counts).sum(0)
+    covariance = (advantages - mean_a / total.clamp(min=1)) * (old - mean_l / total.clamp(min=1))
+    count = max(1, int(config.cov_frac * int(total)))
+    if not config.objective.picks_at_random:
+        return covariance >= _kth_largest(covariance, count, gather)
+    before = int(sum(float(c[2]) for c in counts[:rank]))
+    order = -hashed(torch.arange(before, before + len(old)), seed)
+    inside = (covariance > config.cov_low) & (covariance < config.cov_high)
+    order = torch.where(inside, order, -torch.inf)
+    return order >= _kth_largest(order, count, gather)
+
+
+def _kth_largest(x: Tensor, k: int, gather: Gather) -> Tensor:
+    """Returns the k-th largest finite value over ranks, or infinity where there is none."""
+    mine = x[torch.isfinite(x)]
+    best = torch.cat(gather(mine.topk(min(k, len(mine))).values))
+    return best.topk(min(k, len(best))).values[-1] if len(best) else torch.tensor(torch.inf)
+
+
+def quantile(x: Tensor, q: float) -> Tensor:
+    """Returns the quantile with linear interpolation; `torch.quantile` takes no more than 2^24 values."""
+    if not len(x):
+        return x.new_tensor(0.0)
+    ordered = x.sort().values
+    place = q * (len(x) - 1)
+    low = int(place)
+    high = min(low + 1, len(x) - 1)
+    return ordered[low] + (ordered[high] - ordered[low]) * (place - low)
+
+
+def hashed(position: Tensor, seed: int) -> Tensor:
+    """Returns a number in [0, 1) per position, a function of it and the seed alone (splitmix64 in int64)."""
+
+    def shift(v: Tensor, bits: int) -> Tensor:
+        return (v >> bits) & ((1 << (64 - bits)) - 1)
+
+    x = position * -7046029254386353131 + (seed * 0x9E3779B97F4A7C15 + 1) % (1 << 63)
+    x = (x ^ shift(x, 30)) * -4658895280553007687
+    x = (x ^ shift(x, 27)) * -7723592293110705685
+    return shift(x ^ shift(x, 31), 11).double() / (1 << 53)

@@ -1,0 +1,92 @@
+"""What is asked of a model and what it answered: prompts, sampling parameters, completions."""
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+from grpo_lightning.errors import ConfigError
+
+if TYPE_CHECKING:
+    import torch
+
+    from grpo_lightning.batch import RolloutBatch
+
+Message = dict[str, Any]
+Prompt = str | list[Message]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingParams:
+    """How completions are sampled; the names are vLLM's.
+
+    Args:
+        temperature: divides the logits; 0 means greedy, which only validation may use.
+        top_p: nucleus mass in (0, 1]; 1 keeps the whole vocabulary.
+        top_k: number of most likely tokens kept; 0 keeps all.
+        min_p: drops tokens less likely than `min_p` times the most likely one.
+        repetition_penalty: 1 is off.
+        max_tokens: most tokens of one completion, the end token included.
+        regex: completions must match it (engines with structured outputs only).
+        extra: passed to the engine as it is.
+    """
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float | None = None
+    repetition_penalty: float = 1.0
+    max_tokens: int = 512
+    regex: str | None = None
+    extra: dict[str, Any] = field(default_factory=dict[str, Any])
+
+    def __post_init__(self) -> None:
+        bounds: tuple[tuple[str, bool, str], ...] = (
+            ("temperature", self.temperature >= 0, ">= 0 (0 is greedy)"),
+            ("top_p", 0 < self.top_p <= 1, "in (0, 1]"),
+            ("top_k", self.top_k >= 0, ">= 0 (0 keeps all)"),
+            ("min_p", self.min_p is None or 0 <= self.min_p <= 1, "null or in [0, 1]"),
+            ("repetition_penalty", self.repetition_penalty > 0, "> 0 (1 is off)"),
+            ("max_tokens", self.max_tokens >= 1, ">= 1"),
+        )
+        for name, holds, allowed in bounds:
+            if not holds:
+                raise ConfigError(f"sampling.{name} is {getattr(self, name)}; it must be {allowed}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Completion:
+    """One sampled completion; `token_ids` ends with the end token unless it was cut at `max_tokens`."""
+
+    token_ids: list[int]
+    logprobs: list[float] | None = None
+    """log-probability of each token under the sampler's distribution, in nats"""
+    finish_reason: Literal["stop", "length"] = "stop"
+
+
+@dataclass(slots=True, kw_only=True)
+class PromptBatch:
+    """P prompts of one rollout on this rank, dealt once per micro-batch: `part` of `parts`.
+
+    `rollout` is empty when a loader yields the batch; the rollout callback puts its micro-batch there.
+    """
+
+    prompts: list[Prompt]
+    prompt_ids: list[list[int]]
+    columns: dict[str, list[Any]]
+    uids: list[int]
+    """a number per prompt that is stable over runs and ranks; keys its sampling seeds"""
+    rollout_index: int = 0
+    """how many rollouts came before this one, since the beginning of training"""
+    part: int = 0
+    parts: int = 1
+    rollout: "RolloutBatch | None" = None
+    samples: dict[str, list[Any]] | None = None
+    """columns of the rollout's samples, for people to read; put here together with the rollout"""
+
+    def __len__(self) -> int:
+        return len(self.prompt_ids)
+
+    def to(self, device: "torch.device | str") -> "PromptBatch":
+        """Returns itself with its rollout, if any, on `device`; Lightning calls it."""
+        if self.rollout is not None:
+            self.rollout = self.rollout.to(device)
+        return self
