@@ -27,6 +27,7 @@ class RewardTable:
     weights: Tensor  # [K] float64
     group_ids: Tensor  # [S] int64 in [0, P)
     num_groups: int
+    penalty: Tensor | None = None  # [S] float64, taken off the total
     lengths: Tensor | None = None  # [S] tokens sampled; what weighs completions by their length needs it
     all_sum: Callable[[Tensor], Tensor] = _identity  # adds over ranks
 
@@ -35,6 +36,7 @@ class RewardTable:
         """[S] float64: weighted sum over the functions that apply; NaN where none does."""
         applies = ~self.by_function.isnan()
         total = (self.by_function.nan_to_num() * self.weights).sum(1)
+        total = total if self.penalty is None else total - self.penalty
         return total.masked_fill(~applies.any(1), torch.nan)
 
     @property

@@ -79,6 +79,10 @@ class GRPOModule(pl.LightningModule):
         self.policy: Policy = cast("Policy", None)
         self.strict_loading = False  # checkpoints hold only what trains; `on_load_checkpoint` checks the rest
         self._window: list[Mapping[str, Stat]] = []
+        self._entropy: tuple[float, float | None] = (
+            self.loss.entropy_coef,
+            None,
+        )  # weight, last mean
         self._tokenizer: Any = None
         self._model_path: str | None = None
         if not AGGREGATIONS[str(self.loss.aggregation)].split_invariant:
@@ -168,7 +172,8 @@ class GRPOModule(pl.LightningModule):
             if old:
                 logprobs, entropies = self.policy.logprobs(batch)
                 batch = replace(batch, old_logprobs=logprobs, old_entropies=entropies)
-            if self.loss.kl_coef and batch.ref_logprobs is None:
+            reward_kl = old and self.loss.kl_in == "reward"
+            if (self.loss.kl_loss_coef or (self.loss.kl_coef and reward_kl)) and batch.ref_logprobs is None:
                 with self.policy.reference():
                     batch = replace(batch, ref_logprobs=self.policy.logprobs(batch)[0])
         return batch
@@ -176,8 +181,9 @@ class GRPOModule(pl.LightningModule):
     def training_step(self, batch: RolloutBatch | PromptBatch, batch_idx: int) -> Tensor:
         """Returns this micro-batch's share of the loss, scaled for Lightning's and DDP's averages."""
         rollout = self.score(_rollout_of(batch), old=False)
-        logprobs, entropy = self.policy.logprobs(rollout, entropy_grad=self.loss.entropy_coef != 0)
-        out = policy_loss(logprobs, rollout, self.loss, entropy)
+        coefficient = self.entropy_coef
+        logprobs, entropy = self.policy.logprobs(rollout, entropy_grad=coefficient != 0)
+        out = policy_loss(logprobs, rollout, self.loss, entropy, entropy_coef=coefficient)
         self._window.append(out.stats)
         if self._window_is_full(batch_idx):
             self._log_window()
@@ -193,6 +199,12 @@ class GRPOModule(pl.LightningModule):
         """Returns the samples of the batch as columns."""
         return batch.samples
 
+    @property
+    def entropy_coef(self) -> float:
+        """Weight of the entropy bonus in this step."""
+        adaptive, (weight, last) = self.loss.adaptive_entropy, self._entropy
+        return weight if adaptive is None or adaptive.applies(last) else 0.0
+
     def _window_is_full(self, batch_idx: int) -> bool:
         k = self.trainer.accumulate_grad_batches
         return (batch_idx + 1) % k == 0 or batch_idx + 1 == self.trainer.num_training_batches
@@ -205,6 +217,11 @@ class GRPOModule(pl.LightningModule):
                 f"the loss of optimizer step {self.global_step} is not finite; lower the learning rate, "
                 "raise clipping (trainer.gradient_clip_val), or inspect the rollout with rollout.record_to"
             )
+        if self.loss.has_entropy_bonus:
+            metrics["entropy_coef"] = self.entropy_coef
+        if self.loss.adaptive_entropy is not None and "entropy" in metrics:
+            last = metrics["entropy"]
+            self._entropy = (self.loss.adaptive_entropy.step(self._entropy[0], last), last)
         for name, value in metrics.items():
             self.log(name, value, prog_bar=name == "kl", batch_size=1)
 
@@ -213,7 +230,7 @@ class GRPOModule(pl.LightningModule):
         trained = {f"policy.{name}" for name in self.policy.trainable()}
         checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in trained}
         ours = checkpoint.setdefault("grpo_lightning", {})
-        ours.update({"format": CHECKPOINT_FORMAT, **self._identity()})
+        ours.update({"format": CHECKPOINT_FORMAT, "entropy": self._entropy, **self._identity()})
         if self.policy.is_lora:
             ours["adapter_config"] = self.policy.adapter_config()
 
@@ -229,6 +246,7 @@ class GRPOModule(pl.LightningModule):
                     f"--ckpt_path: {key} is {theirs.get(key)!r} in the checkpoint and {value!r} in this run; "
                     f"set it as in the checkpoint"
                 )
+        self._entropy = tuple(theirs["entropy"])
         self.configure_model()
         trained = {f"policy.{name}" for name in self.policy.trainable()}
         if missing := trained ^ set(checkpoint["state_dict"]):

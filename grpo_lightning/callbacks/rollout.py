@@ -1,16 +1,17 @@
 """`RolloutCallback`: before a micro-batch trains, it makes sure there is a rollout to train on."""
 
-import os
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from time import perf_counter
-from typing import Any
+from typing import Any, Literal
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
 
 from grpo_lightning.batch import RolloutBatch
 from grpo_lightning.callbacks.evaluation import Evaluation, ValidationConfig
+from grpo_lightning.callbacks.parts import make_parts
 from grpo_lightning.callbacks.plan import print_plan
 from grpo_lightning.callbacks.state import batch_state, random_state, restore_batch, restore_random_state
 from grpo_lightning.callbacks.surroundings import (
@@ -22,19 +23,18 @@ from grpo_lightning.callbacks.surroundings import (
     check_sampling,
     longest_prompt,
     profiled,
+    run_seed,
     trainer_state,
 )
 from grpo_lightning.errors import ConfigError
-from grpo_lightning.losses import LossConfig
-from grpo_lightning.losses.window import choose_tokens
-from grpo_lightning.metrics import all_sum, gather, over_ranks
+from grpo_lightning.metrics import gather, over_ranks
 from grpo_lightning.rewards.suite import Rewards
 from grpo_lightning.rollout.collect import Collector, Rollout
 from grpo_lightning.rollout.engine import EngineContext, RolloutEngine
 from grpo_lightning.rollout.hf import HFEngine
 from grpo_lightning.rollout.recording import record
 from grpo_lightning.samples import PromptBatch, SamplingParams
-from grpo_lightning.stats import mean_of
+from grpo_lightning.stats import extreme, mean_of
 
 RewardSpec = str | dict[str, Any]
 PROGRESS = {"reward", "completions/mean_length"}
@@ -56,9 +56,11 @@ class RolloutCallback(Callback):
         sampling: how completions are sampled in training.
         updates_per_rollout: optimizer steps per pass over a rollout; 1 is strictly on-policy.
         num_iterations: passes over a rollout.
-        advantage: group_norm, batch_norm, group_mean or leave_one_out; null takes the recipe's.
+        advantage: how rewards become advantages (see docs/losses.md); null takes the recipe's.
         advantage_clip: lowest and highest advantage; null does not clip.
         mask_truncated_completions: completions cut at max_tokens do not train.
+        zero_variance_groups: groups whose rewards are all equal `keep` counting in the normalisers, or `drop`
+            out of the rollout; null takes the recipe's (drop for scalerl only).
         validation: how validation and test sample; null is greedy, one completion per prompt.
         seed: of the sampling; null takes seed_everything's.
         record_to: folder for parquet files of everything sampled; null writes none.
@@ -76,6 +78,7 @@ class RolloutCallback(Callback):
         advantage: str | None = None,
         advantage_clip: tuple[float | None, float | None] | None = None,
         mask_truncated_completions: bool = False,
+        zero_variance_groups: Literal["keep", "drop"] | None = None,
         validation: ValidationConfig = ValidationConfig(),  # noqa: B008 - frozen
         seed: int | None = None,
         record_to: str | None = None,
@@ -90,6 +93,7 @@ class RolloutCallback(Callback):
         self.updates_per_rollout, self.num_iterations = updates_per_rollout, num_iterations
         self.advantage, self.advantage_clip = advantage, advantage_clip
         self.mask_truncated_completions = mask_truncated_completions
+        self.zero_variance_groups = zero_variance_groups
         self.validation = validation
         self.seed = seed
         self.record_to = None if record_to is None else Path(record_to)
@@ -177,37 +181,24 @@ class RolloutCallback(Callback):
         """Returns the M micro-batches of a new rollout, in the order in which they train."""
         self._start(trainer, module)
         started = perf_counter()
-        rollout = self._collect(self.collector(trainer, module), prompts, trainer, module)
+        collector = self.collector(trainer, module)
+        rollout = self._collect(collector, prompts, trainer, module)
         self.engine.sleep()
         self._samples = rollout.samples
         if self.record_to is not None:
             record(self.record_to, trainer.global_rank, rollout.requests, rollout.completions)
-        parts: list[RolloutBatch] = []
-        for window in rollout.batch.windows(self.updates_per_rollout):
-            parts.extend(self._micro_batches(window, trainer, module))
-        metrics = over_ranks({**rollout.stats, "time/rollout": mean_of([perf_counter() - started])})
+        parts, dropped = make_parts(rollout, collector, self, trainer, module)
+        own = {
+            "rollout/dropped_groups": extreme("sum", float(dropped)),
+            "time/rollout": mean_of([perf_counter() - started]),
+        }
+        metrics = over_ranks(rollout.stats | own)
         self._num_tokens += metrics["num_tokens"]
         self._clock.tokens = metrics["num_tokens"]
         metrics["num_tokens"] = self._num_tokens
         for name, value in metrics.items():
             module.log(name, value, prog_bar=name in PROGRESS, batch_size=1)
         return parts * self.num_iterations
-
-    def _micro_batches(self, window: RolloutBatch, trainer: pl.Trainer, module: Any) -> list[RolloutBatch]:
-        k = trainer.accumulate_grad_batches
-        window = window.all_reduce_totals(all_sum, micro_batches=k * trainer.world_size)
-        loss: LossConfig = module.loss
-        if loss.dead_groups_are_still and not loss.needs_old_pass:
-            window = window.without_dead_groups()
-        old = self.updates_per_rollout * self.num_iterations > 1 or loss.needs_old_pass
-        parts = window.split(k, whole_groups=loss.objective.whole_groups)
-        if not old and not loss.kl_coef:
-            return parts
-        with self._phase(trainer)("score"):
-            parts = [module.score(part.to(module.device), old=old).to("cpu") for part in parts]
-        if not loss.needs_old_pass:
-            return parts
-        return choose_tokens(parts, loss, seed=self.run_seed, gather=gather, rank=trainer.global_rank)
 
     def collector(self, trainer: pl.Trainer, module: Any, **changes: Any) -> Collector:
         """Returns what makes rollouts for this run; `changes` replaces settings."""
@@ -217,18 +208,13 @@ class RolloutCallback(Callback):
             tokenizer=module.tokenizer,
             num_generations=self.num_generations,
             sampling=self.sampling,
-            seed=self.run_seed,
+            seed=run_seed(self.seed),
             advantage=self.advantage or module.loss.recipe.advantage,
             advantage_clip=self.advantage_clip,
             mask_truncated=self.mask_truncated_completions,
-            phase=self._phase(trainer),
+            phase=partial(profiled, trainer),
         )
         return replace(made, **changes)
-
-    @property
-    def run_seed(self) -> int:
-        """`seed`, or seed_everything's, or 0."""
-        return self.seed if self.seed is not None else int(os.environ.get("PL_GLOBAL_SEED", "0"))
 
     def _collect(
         self, collector: Collector, prompts: PromptBatch, trainer: pl.Trainer, module: Any
@@ -236,12 +222,9 @@ class RolloutCallback(Callback):
         """Synchronises lazily, then collects; a policy's version is its number of optimizer steps."""
         version = trainer.global_step
         if self.engine.policy_version != version:
-            with self._phase(trainer)("sync"):
+            with profiled(trainer, "sync"):
                 self.engine.sync(module.policy, version)
         return collector.collect(prompts, version, trainer_state(trainer))
-
-    def _phase(self, trainer: pl.Trainer) -> Any:
-        return lambda name: profiled(trainer, name)
 
     def evaluate(self, trainer: pl.Trainer, module: Any, batch: PromptBatch) -> Rollout:
         """Returns a rollout with the sampling of validation; training state is left as it is."""

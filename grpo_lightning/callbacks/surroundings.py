@@ -1,5 +1,6 @@
 """What a rollout needs to know of the Trainer around it."""
 
+import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -19,6 +20,11 @@ from grpo_lightning.samples import SamplingParams
 def longest_prompt(trainer: pl.Trainer) -> int:
     """Returns the tokens of the longest prompt the datamodule knows of; 0 if it does not say."""
     return getattr(getattr(trainer, "datamodule", None), "longest_prompt", 0)
+
+
+def run_seed(seed: int | None) -> int:
+    """Returns `seed`, or seed_everything's, or 0."""
+    return seed if seed is not None else int(os.environ.get("PL_GLOBAL_SEED", "0"))
 
 
 def check_epoch(trainer: pl.Trainer, parts: int) -> None:

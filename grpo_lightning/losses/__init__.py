@@ -4,6 +4,7 @@ from grpo_lightning.losses import objectives as objectives  # fills SURROGATES
 from grpo_lightning.losses.aggregations import AGGREGATIONS
 from grpo_lightning.losses.config import LossConfig
 from grpo_lightning.losses.corrections import CorrectionConfig
+from grpo_lightning.losses.entropy import AdaptiveEntropy
 from grpo_lightning.losses.kl import KL_ESTIMATORS
 from grpo_lightning.losses.policy_loss import LossOutput, policy_loss
 from grpo_lightning.losses.ratios import RATIO_LEVELS
@@ -16,6 +17,7 @@ __all__ = [
     "RATIO_LEVELS",
     "RECIPES",
     "SURROGATES",
+    "AdaptiveEntropy",
     "CorrectionConfig",
     "LossConfig",
     "LossOutput",

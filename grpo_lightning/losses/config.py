@@ -7,12 +7,18 @@ from grpo_lightning.errors import ConfigError, choices
 from grpo_lightning.importing import import_object
 from grpo_lightning.losses.aggregations import AGGREGATIONS
 from grpo_lightning.losses.corrections import CorrectionConfig
+from grpo_lightning.losses.entropy import AdaptiveEntropy
 from grpo_lightning.losses.kl import KL_ESTIMATORS
 from grpo_lightning.losses.ratios import RATIO_LEVELS
 from grpo_lightning.losses.recipes import RECIPES, Recipe
 from grpo_lightning.losses.surrogates import SURROGATES, Surrogate, register_surrogate
 
-COMMON_DEFAULTS: Mapping[str, float | str] = {"clip_low": 0.2, "clip_high": 0.2, "kl_estimator": "k3"}
+COMMON_DEFAULTS: Mapping[str, float | str] = {
+    "clip_low": 0.2,
+    "clip_high": 0.2,
+    "kl_estimator": "k3",
+    "kl_in": "loss",
+}
 
 
 @dataclass(frozen=True)
@@ -28,9 +34,11 @@ class LossConfig:
         clip_high: the ratio is clipped above at 1 + clip_high.
         dual_clip: cap on the ratio where the advantage is negative; must exceed 1 + clip_high.
         kl_coef: weight of the KL divergence from the reference policy; 0 computes no reference.
+        kl_in: loss, or reward: each completion's reward loses kl_coef times the sum of k1 over its tokens.
         kl_estimator: k1, k2, k3, k1_straight or k3_straight.
         kl_bias_correction: multiply k1 or k3 by the ratio, which makes its gradient unbiased (2512.02556).
         entropy_coef: weight of the entropy bonus.
+        adaptive_entropy: lets that weight follow the entropy; null keeps it.
         top_entropy_quantile: share of tokens, those of highest entropy, that train (2506.01939); 1 is all.
         off_policy_threshold: completions with A < 0 whose policy has moved further, in nats per token, are
             left out; null is off.
@@ -68,9 +76,11 @@ class LossConfig:
     clip_high: float | None = None
     dual_clip: float | None = None
     kl_coef: float = 0.0
+    kl_in: str | None = None
     kl_estimator: str | None = None
     kl_bias_correction: bool = True
     entropy_coef: float = 0.0
+    adaptive_entropy: AdaptiveEntropy | None = None
     top_entropy_quantile: float = 1.0
     off_policy_threshold: float | None = None
     correction: CorrectionConfig = CorrectionConfig()  # noqa: RUF009 - frozen
@@ -149,7 +159,17 @@ class LossConfig:
     @property
     def dead_groups_are_still(self) -> bool:
         """Whether a group whose advantages are all 0 has a gradient of exactly 0."""
-        return self.kl_coef == 0 and self.entropy_coef == 0
+        return self.kl_loss_coef == 0 and not self.has_entropy_bonus
+
+    @property
+    def kl_loss_coef(self) -> float:
+        """Weight of the KL term of the loss; 0 where it is in the reward."""
+        return self.kl_coef if self.kl_in == "loss" else 0.0
+
+    @property
+    def has_entropy_bonus(self) -> bool:
+        """Whether the entropy may carry a gradient in some step."""
+        return self.entropy_coef != 0 or self.adaptive_entropy is not None
 
     @property
     def needs_old_pass(self) -> bool:
@@ -185,7 +205,8 @@ class LossConfig:
             ("clip_high", high >= 0, ">= 0"),
             ("dual_clip", self.dual_clip is None or self.dual_clip > 1 + high, above),
             ("kl_coef", self.kl_coef >= 0, ">= 0"),
-            ("kl_estimator", not (self.kl_coef and k1_alone), "k2, k3 or used with kl_bias_correction"),
+            ("kl_in", self.kl_in in ("loss", "reward"), "loss or reward"),
+            ("kl_estimator", not (self.kl_loss_coef and k1_alone), "k2, k3 or used with kl_bias_correction"),
             ("top_entropy_quantile", 0 < self.top_entropy_quantile <= 1, "in (0, 1]"),
             ("cispo_weight_max", self.cispo_weight_max >= 1, ">= 1: it is absolute, not 1 + epsilon"),
             ("cov_frac", 0 < self.cov_frac <= 1, "in (0, 1]"),

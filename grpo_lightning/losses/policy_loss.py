@@ -81,9 +81,9 @@ def policy_loss(
         loss = (weights * factor * objective).sum()
     stats |= clip_stats(ratio.detach(), advantages, segments, config)
     stats |= objective_stats(inputs, segments, config)
-    if config.kl_coef:
+    if config.kl_loss_coef:
         kl = _kl(logprobs, batch, config, ratio)
-        loss = loss + config.kl_coef * (weights * kl).sum()
+        loss = loss + config.kl_loss_coef * (weights * kl).sum()
         stats["kl"] = mean(kl.sum(), kl.numel())
     loss, more = _with_entropy(loss, entropy, coefficient, batch)
     return LossOutput(loss, stats | more | {"loss": extreme("sum", loss)})

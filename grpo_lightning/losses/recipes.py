@@ -13,6 +13,8 @@ class Recipe:
     aggregation: str
     advantage: str = "group_norm"
     defaults: Mapping[str, float | str] = field(default_factory=dict[str, float | str])
+    drops_dead_groups: bool = False
+    """groups without variance leave the rollout before anything is counted"""
     paper: str = ""
     note: str = ""
 
@@ -77,6 +79,7 @@ RECIPES: dict[str, Recipe] = {
         surrogate="cispo",
         aggregation="prompt_mean",
         advantage="batch_norm",
+        drops_dead_groups=True,
         paper="2510.13786",
         note="cispo with every prompt weighing the same",
     ),
@@ -109,6 +112,7 @@ RECIPES: dict[str, Recipe] = {
         surrogate="reinforce",
         aggregation="sequence_sum",
         advantage="leave_one_out",
+        defaults={"kl_in": "reward"},
         paper="2402.14740",
         note="REINFORCE with the other completions as baseline",
     ),

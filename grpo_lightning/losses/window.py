@@ -12,6 +12,7 @@ from torch import Tensor
 
 from grpo_lightning.batch import RolloutBatch
 from grpo_lightning.losses.config import LossConfig
+from grpo_lightning.losses.segments import Segments
 
 Gather = Callable[[Any], list[Any]]
 """returns the item of every rank, in rank order"""
@@ -46,6 +47,11 @@ def choose_tokens(
         replace(p, totals=totals, **{name: piece[i] for name, piece in pieces.items()})
         for i, p in enumerate(parts)
     ]
+
+
+def reference_gap(batch: RolloutBatch) -> Tensor:
+    """Returns the sum over each completion [S] of old minus reference log-probability, in nats (k1)."""
+    return Segments.of(batch).sum(_given(batch.old_logprobs) - _given(batch.ref_logprobs))
 
 
 def _given(x: Tensor | None) -> Tensor:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from time import perf_counter
 from typing import Any
 
@@ -33,6 +33,7 @@ class Rollout:
     """columns of S rows: prompt, completion, one per reward function, reward, advantage, and what rewards
     logged"""
     scores: Scores
+    rewards: adv.RewardTable
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -127,7 +128,14 @@ class Collector:
             completions=completions,
             samples=_samples(prompts, texts, scores, rewards.total, advantages, self.num_generations),
             scores=scores,
+            rewards=rewards,
         )
+
+    def penalised(self, rollout: Rollout, penalty: Tensor) -> RolloutBatch:
+        """Returns the batch with `penalty` [S] taken off the rewards, and the advantages that follow."""
+        table = replace(rollout.rewards, penalty=penalty.double())
+        advantages = adv.compute_advantages(self.advantage, table, clip=self.advantage_clip)
+        return replace(rollout.batch, rewards=table.total.float(), advantages=advantages)
 
     @contextmanager
     def _timed(self, name: str, seconds: dict[str, float]) -> Iterator[None]:

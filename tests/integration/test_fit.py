@@ -1,5 +1,6 @@
 """Whole runs of the Trainer on a tiny model: learning, splits, resume, validation."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import lightning.pytorch as pl
@@ -12,7 +13,7 @@ from models import save_tiny
 from grpo_lightning import GRPOModule, PromptDataModule, RolloutCallback, SamplingParams
 from grpo_lightning.callbacks import AdapterCheckpointIO, RunReport, SampleTable, ValidationConfig
 from grpo_lightning.errors import ConfigError, EngineError
-from grpo_lightning.losses import RECIPES, LossConfig
+from grpo_lightning.losses import RECIPES, AdaptiveEntropy, LossConfig
 from grpo_lightning.rollout import HFEngine, ReplayEngine
 
 
@@ -469,3 +470,93 @@ def test_a_sleeping_engine_is_woken_by_validation(model_folder, tmp_path):
     step = ["generate", "sleep"]
     val = ["generate", "generate", "sleep"]
     assert log == ["sync 0", *step, "sync 1", *val, *step, "sync 2", *val]
+
+
+def test_dropped_groups_leave_the_normalisers(model_folder, tmp_path):
+    """With half of the groups dead, token_mean of `drop` weighs the living tokens more than `keep` does."""
+
+    def half(completions, prompts, **_):
+        return [
+            0.0 if "say 1" in str(p) else c.count("e") / 4 for c, p in zip(completions, prompts, strict=True)
+        ]
+
+    grads = {}
+    for policy in ("keep", "drop"):
+        seen = Gradients()
+        r = rollout(reward_funcs=[half], zero_variance_groups=policy)
+        trainer(tmp_path / policy, r, seen, max_steps=1).fit(module(model_folder), data())
+        grads[policy] = seen.found
+    dropped = float(next(r for r in rows_of(tmp_path / "drop") if r["loss"])["rollout/dropped_groups"])
+    assert 0 < dropped < 4
+    norm = {k: sum(float(g.norm()) ** 2 for g in v.values()) ** 0.5 for k, v in grads.items()}
+    assert norm["drop"] > norm["keep"] * 1.05
+
+
+def test_adaptive_entropy_follows_its_target_and_survives_a_resume(model_folder, tmp_path):
+    loss = LossConfig("dapo", adaptive_entropy=AdaptiveEntropy(target=100.0, delta=0.25, max=0.6))
+
+    def run(root, ckpt_path=None):
+        saver = ModelCheckpoint(root, filename="{step}", every_n_train_steps=1, save_top_k=-1)
+        m = module(model_folder, loss=loss)
+        trainer(root, rollout(), saver, max_steps=4).fit(m, data(), ckpt_path=ckpt_path)
+        return weights(m), [float(r["entropy_coef"]) for r in rows_of(root) if r["loss"]]
+
+    whole, coefficients = run(tmp_path / "a")
+    assert coefficients == pytest.approx([0.0, 0.25, 0.5, 0.6])
+    resumed, rest = run(tmp_path / "b", tmp_path / "a" / "step=2.ckpt")
+    assert rest == pytest.approx([0.5, 0.6])
+    assert same_bits(whole, resumed)
+
+
+def test_adaptive_entropy_stays_silent_above_its_target(model_folder, tmp_path):
+    loss = LossConfig("dapo", entropy_coef=0.5, adaptive_entropy=AdaptiveEntropy(target=0.0))
+    m = module(model_folder, loss=loss)
+    trainer(tmp_path, rollout(), max_steps=2).fit(m, data())
+    assert [float(r["entropy_coef"]) for r in rows_of(tmp_path) if r["loss"]] == [0.0, 0.0]
+    with pytest.raises(ConfigError, match="adaptive_entropy has min 2"):
+        AdaptiveEntropy(min=2.0)
+
+
+def test_kl_in_the_reward_lowers_what_left_the_reference(model_folder, tmp_path):
+    """With a constant reward the penalty is the only signal: the policy goes back towards its reference."""
+
+    def constant(completions, **_):
+        return [1.0] * len(completions)
+
+    gaps = {}
+    for coef in (0.0, 5.0):
+        torch.manual_seed(0)
+        m = module(
+            model_folder,
+            loss=LossConfig("rloo", kl_coef=coef),
+            optimizer=lambda p: torch.optim.SGD(p, lr=0.002),
+        )
+        m.configure_model()
+        g = torch.Generator().manual_seed(1)
+        for name, p in m.policy.trainable().items():
+            if "lora_B" in name:
+                p.data.normal_(std=0.15, generator=g)
+        trainer(tmp_path / str(coef), rollout(reward_funcs=[constant]), max_steps=20).fit(m, data())
+        from models import random_rollout
+
+        b = random_rollout(seed=8)
+        with torch.no_grad():
+            on, _ = m.policy.logprobs(b)
+            with m.policy.reference():
+                off, _ = m.policy.logprobs(b)
+        gaps[coef] = (on - off).abs().mean().item()
+    assert gaps[5.0] < gaps[0.0] * 0.95
+
+
+def test_the_penalty_is_the_summed_log_ratio():
+    """losses.md G4: old minus reference, summed over each completion of fixture F."""
+    from models import random_rollout
+
+    from grpo_lightning.losses.window import reference_gap
+
+    b = random_rollout().take([])
+    assert reference_gap(replace(b, old_logprobs=torch.zeros(0), ref_logprobs=torch.zeros(0))).numel() == 0
+    b = random_rollout(prompts=1, group=2, seed=2)
+    n = len(b.target_ids)
+    b = replace(b, old_logprobs=torch.full((n,), -1.0), ref_logprobs=torch.full((n,), -1.5))
+    assert reference_gap(b).tolist() == pytest.approx([0.5 * length for length in b.lengths])

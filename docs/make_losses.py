@@ -1,0 +1,142 @@
+"""Writes docs/losses.md and docs/losses.png from the tables of the package: `python docs/make_losses.py`."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from grpo_lightning.advantages import ADVANTAGES
+from grpo_lightning.batch import RolloutBatch
+from grpo_lightning.losses import AGGREGATIONS, KL_ESTIMATORS, RECIPES, SURROGATES, LossConfig, policy_loss
+from grpo_lightning.samples import Completion
+
+HERE = Path(__file__).parent
+REQUIRED = {
+    "dppo_tv": {"dppo_low": 0.05, "dppo_high": 0.05},
+    "dppo_kl": {"dppo_low": 0.05, "dppo_high": 0.05},
+    "dro": {"dro_coef": 0.1},
+}
+
+INTRO = """# Losses
+
+Made from the tables of the package by `python docs/make_losses.py`; a test keeps it in step.
+
+`loss = sum_n w_n c_n l_n + kl_coef sum_n w_n KL_n - entropy_coef mean(H)` over the `N` completion tokens of an optimizer
+step, on all ranks. The surrogate gives `l`, the ratio level the `rho` it sees, the aggregation the weight `w`, the sampler
+correction `c`. `A`: advantage, `d`: log-ratio to the old policy, `l`: log-probability, `sg`: without gradient.
+
+All counts (`N_w` tokens, `S_w` completions, `P_w` groups) are of the whole optimizer step, so that a gradient does not depend on
+how it is split; the one exception is `bnpo`, by its definition.
+"""
+
+SWITCH = """
+## What changes when you come from TRL
+
+- `loss_type` is `model.loss.name`, `beta` is `model.loss.kl_coef`, `epsilon` / `epsilon_high` are `clip_low` / `clip_high`, `delta` is
+  `dual_clip`. For `cispo` the cap is `cispo_weight_max` (absolute), not `clip_high`.
+- `dapo` clips at 0.2 / 0.28 and `dr_grpo` does not divide advantages by the group's spread, as their papers say; TRL keeps
+  0.2 / 0.2 and the spread. To reproduce TRL set `clip_high: 0.2` or `rollout.advantage: group_norm`.
+- Normalisers are exact counts of the optimizer step; TRL spreads a rollout's count evenly over its steps.
+- The sampler correction is per token, truncated at 2 (TRL: per completion, masked at 3): a bias of 0.01 nat over 1,000 tokens
+  makes a completion's weight e^10, and every long completion would be dropped.
+- The entropy bonus is a mean over the step's tokens for every recipe; the selection of high-entropy tokens is made once per step
+  from the old policy, not per micro-batch.
+- Log-ratios are clamped to +-20, which changes nothing below that.
+"""
+
+
+def page() -> str:
+    """Returns the page."""
+    parts = [
+        INTRO,
+        "\n## Recipes\n",
+        "| `model.loss.name` | surrogate | ratio | aggregation | advantage | defaults | arXiv | when |",
+    ]
+    parts.append("|---|---|---|---|---|---|---|---|")
+    for name, r in RECIPES.items():
+        defaults = ", ".join(
+            f"{k} {v:g}" if isinstance(v, float) else f"{k} {v}" for k, v in r.defaults.items()
+        )
+        cells = [
+            f"`{name}`",
+            r.surrogate,
+            r.ratio_level,
+            r.aggregation,
+            r.advantage,
+            defaults,
+            r.paper,
+            r.note,
+        ]
+        parts.append("| " + " | ".join(c or "–" for c in cells) + " |")
+    parts += ["\n## Surrogates\n", "| name | l, minimised | ratio levels | arXiv |", "|---|---|---|---|"]
+    for name, s in SURROGATES.items():
+        if "." not in name:
+            formula = s.formula.replace("|", "\\|")
+            parts.append(f"| `{name}` | `{formula}` | {', '.join(s.levels)} | {s.paper or '–'} |")
+    parts.append(
+        "\nValue and gradient at one token against its ratio, A = 1 and A = -1:\n\n![surrogates](losses.png)"
+    )
+    parts += ["\n## Aggregations\n", "| name | w | same for any split |", "|---|---|---|"]
+    parts += [
+        f"| `{n}` | `{a.formula}` | {'yes' if a.split_invariant else 'no'} |" for n, a in AGGREGATIONS.items()
+    ]
+    parts += ["\n## Advantages\n", "| `rollout.advantage` | A | arXiv |", "|---|---|---|"]
+    parts += [f"| `{n}` | `{a.formula}` | {a.paper or '–'} |" for n, a in ADVANTAGES.items()]
+    parts += [
+        "\n## KL estimators\n",
+        "`x = reference - policy`, in nats.\n",
+        "| name | KL | bias correction |",
+        "|---|---|---|",
+    ]
+    parts += [
+        f"| `{n}` | `{k.formula}` | {'yes' if k.correctable else 'no'} |" for n, k in KL_ESTIMATORS.items()
+    ]
+    return "\n".join(parts) + "\n" + SWITCH
+
+
+def curve(name: str, advantage: float, ratios: torch.Tensor) -> tuple[list[float], list[float]]:
+    """Returns value and gradient of a surrogate at one token, for each ratio; old log-probability -1."""
+    config = LossConfig("dapo", surrogate=name, ratio_level="token", **REQUIRED.get(name, {}))
+    one = RolloutBatch.pack(
+        prompt_ids=[[1]],
+        completions=[Completion(token_ids=[1])],
+        group_ids=[0],
+        advantages=torch.tensor([advantage]),
+        max_tokens=1,
+    )
+    one = replace(one, old_logprobs=torch.tensor([-2.0]), selected=torch.zeros(1, dtype=torch.bool))
+    values, slopes = [], []
+    for rho in ratios:
+        lp = (torch.tensor([-2.0]) + rho.log()).requires_grad_()
+        out = policy_loss(lp, one, config)
+        (g,) = torch.autograd.grad(out.loss, lp)
+        values.append(out.loss.item())
+        slopes.append(g.item())
+    return values, slopes
+
+
+def draw(path: Path) -> None:
+    """Draws every per-token surrogate."""
+    from matplotlib.figure import Figure
+
+    names = [n for n, s in SURROGATES.items() if not s.whole_groups and "." not in n]
+    ratios = torch.linspace(0.3, 3.0, 109)
+    figure = Figure(figsize=(12, 2.2 * -(-len(names) // 3)), dpi=90, layout="constrained")
+    grid = figure.subplots(-(-len(names) // 3), 3, sharex=True).flatten()
+    for axes, name in zip(grid, names, strict=False):
+        for advantage, colour in ((1.0, "tab:blue"), (-1.0, "tab:red")):
+            values, slopes = curve(name, advantage, ratios)
+            axes.plot(ratios, values, color=colour, label=f"value, A = {advantage:+g}")
+            axes.plot(ratios, slopes, color=colour, linestyle=":", label=f"gradient, A = {advantage:+g}")
+        axes.set_title(name)
+        axes.axvline(1.0, color="0.8", linewidth=0.8, zorder=0)
+        axes.grid(alpha=0.3)
+    for axes in grid[len(names) :]:
+        axes.axis("off")
+    grid[0].legend(fontsize="x-small")
+    figure.savefig(path)
+
+
+if __name__ == "__main__":
+    (HERE / "losses.md").write_text(page())
+    draw(HERE / "losses.png")

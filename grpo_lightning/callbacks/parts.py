@@ -1,0 +1,69 @@
+"""From a rollout to the micro-batches that train: penalties, windows, passes without gradient, selections."""
+
+from typing import TYPE_CHECKING, Any
+
+import lightning.pytorch as pl
+import torch
+
+from grpo_lightning.batch import RolloutBatch
+from grpo_lightning.callbacks.surroundings import profiled, run_seed
+from grpo_lightning.losses import LossConfig
+from grpo_lightning.losses.window import choose_tokens, reference_gap
+from grpo_lightning.metrics import all_sum, gather
+from grpo_lightning.rollout.collect import Collector, Rollout
+
+if TYPE_CHECKING:
+    from grpo_lightning.callbacks.rollout import RolloutCallback
+
+
+def make_parts(
+    rollout: Rollout, collector: Collector, settings: "RolloutCallback", trainer: pl.Trainer, module: Any
+) -> tuple[list[RolloutBatch], int]:
+    """Returns the micro-batches of one pass, in training order, and how many groups were dropped."""
+    whole = _with_kl_in_reward(rollout, collector, trainer, module)
+    batch = whole.without_dead_groups() if _drops(settings, module.loss) else whole
+    several = settings.updates_per_rollout * settings.num_iterations > 1
+    parts = [
+        part
+        for window in batch.windows(settings.updates_per_rollout)
+        for part in _micro_batches(window, several, run_seed(settings.seed), trainer, module)
+    ]
+    return parts, len(whole.prompt_lengths) - len(batch.prompt_lengths)
+
+
+def _with_kl_in_reward(
+    rollout: Rollout, collector: Collector, trainer: pl.Trainer, module: Any
+) -> RolloutBatch:
+    """Returns the batch, its rewards less kl_coef times the summed log-ratio to the reference."""
+    loss: LossConfig = module.loss
+    if not loss.kl_coef or loss.kl_in != "reward":
+        return rollout.batch
+    with profiled(trainer, "score"):
+        parts = rollout.batch.split(trainer.accumulate_grad_batches)
+        sums = [reference_gap(module.score(p.to(module.device), old=True).to("cpu")) for p in parts]
+    return collector.penalised(rollout, loss.kl_coef * torch.cat(sums))
+
+
+def _drops(settings: "RolloutCallback", loss: LossConfig) -> bool:
+    default = "drop" if loss.recipe.drops_dead_groups else "keep"
+    return (settings.zero_variance_groups or default) == "drop"
+
+
+def _micro_batches(
+    window: RolloutBatch, several: bool, seed: int, trainer: pl.Trainer, module: Any
+) -> list[RolloutBatch]:
+    """Returns the micro-batches of one optimizer step, scored where the policy moves before they train."""
+    k = trainer.accumulate_grad_batches
+    loss: LossConfig = module.loss
+    window = window.all_reduce_totals(all_sum, micro_batches=k * trainer.world_size)
+    if loss.dead_groups_are_still and not loss.needs_old_pass:
+        window = window.without_dead_groups()
+    old = several or loss.needs_old_pass
+    parts = window.split(k, whole_groups=loss.objective.whole_groups)
+    if not old and not loss.kl_loss_coef:
+        return parts
+    with profiled(trainer, "score"):
+        parts = [module.score(part.to(module.device), old=old).to("cpu") for part in parts]
+    if not loss.needs_old_pass:
+        return parts
+    return choose_tokens(parts, loss, seed=seed, gather=gather, rank=trainer.global_rank)
