@@ -1,10 +1,13 @@
 """What only a GPU can show; run with `pytest -m gpu`."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from models import random_rollout, save_tiny, tiny_llama
 from tiny import tiny_tokenizer
 
+from grpo_lightning.losses import RECIPES, LossConfig, policy_loss
 from grpo_lightning.ops import fused_linear_logprobs
 from grpo_lightning.policy import Policy
 
@@ -50,6 +53,31 @@ def test_packed_equals_padded(dtype, tolerance):
         policy._set_attention("sdpa")
         padded, _ = policy.logprobs(b)
     torch.testing.assert_close(packed, padded, atol=tolerance, rtol=0)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_recipe_gives_the_cpus_gradient(name):
+    required = {"dppo_kl": {"dppo_low": 0.05, "dppo_high": 0.05}, "dro": {"dro_coef": 0.1}}
+    config = LossConfig(name, **required.get(name, {}), kl_coef=0.05, kl_in="loss")
+    b = random_rollout(prompts=4, group=6, longest=30)
+    g = torch.Generator().manual_seed(0)
+    n = len(b.target_ids)
+    b = replace(
+        b,
+        old_logprobs=-torch.rand(n, generator=g),
+        ref_logprobs=-torch.rand(n, generator=g),
+        sampler_logprobs=-torch.rand(n, generator=g),
+        selected=torch.rand(n, generator=g) < 0.1,
+        totals=replace(b.totals, two_class_groups=4),
+    )
+    lp = -torch.rand(n, generator=g)
+    grads = []
+    for device in ("cpu", "cuda", "cuda"):
+        x = lp.to(device).requires_grad_()
+        out = policy_loss(x, b.to(device), config)
+        grads.append(torch.autograd.grad(out.loss, x)[0].cpu())
+    torch.testing.assert_close(grads[1], grads[0], atol=1e-6, rtol=1e-5)
+    assert torch.equal(grads[1], grads[2])
 
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-true", "bf16-mixed"])

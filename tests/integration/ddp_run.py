@@ -1,6 +1,7 @@
 """Run by test_ddp.py: one optimizer step (or more) on `ranks` CPU ranks; rank 0 saves gradient and
 metrics."""
 
+import json
 import sys
 from pathlib import Path
 
@@ -16,7 +17,8 @@ def main(
     folder: str, out: str, ranks: int, k: int, name: str, steps: int, ckpt_path: str | None = None
 ) -> None:
     seen = Gradients()
-    m = module(folder, loss=LossConfig(name))
+    loss, _, changes = name.partition(":")
+    m = module(folder, loss=LossConfig(loss, **json.loads(changes or "{}")))
     root = Path(out)
     saver = ModelCheckpoint(root, filename="{step}", every_n_train_steps=1, save_top_k=-1)
     t = trainer(

@@ -26,7 +26,10 @@ def folder(tmp_path_factory):
     return save_tiny(tmp_path_factory.mktemp("tiny"))
 
 
-@pytest.mark.parametrize("name", ["grpo", "dapo"])
+SELECTING = 'clip_cov:{"cov_frac": 0.2, "cov_low": -0.5, "cov_high": 5.0}'
+
+
+@pytest.mark.parametrize("name", ["grpo", "dapo", "real", SELECTING])
 def test_two_ranks_give_the_gradient_of_one(folder, tmp_path, name):
     one = run(folder, tmp_path / "one", 1, 1, name)
     two = run(folder, tmp_path / "two", 2, 2, name)
