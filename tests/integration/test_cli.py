@@ -296,6 +296,7 @@ def test_every_place_that_options_name_exists(base, tmp_path):
     from grpo_lightning.options import NOT_YET, WHERE
 
     put(base, "rollout.engine", {"class_path": "grpo_lightning.rollout.VLLMEngine"})
+    put(base, "model.loss", {"adaptive_entropy": {"target": 0.2}})
     shown = yaml.safe_load(call(base, tmp_path, "--print_config")[1])
     shown["model"]["lora"] = dict.fromkeys(("r", "lora_alpha", "lora_dropout", "target_modules", "bias"))
     shown["model"]["optimizer"].setdefault("init_args", {})
