@@ -9,28 +9,29 @@ from tiny import tiny_tokenizer
 from grpo_lightning.batch import RolloutBatch
 from grpo_lightning.samples import Completion
 
+TINY = {
+    "vocab_size": 131,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 256,
+    "pad_token_id": 0,
+    "eos_token_id": 1,
+    "bos_token_id": 2,
+    "initializer_range": 0.15,
+}
+"""two layers over the tiny tokenizer's vocabulary, for any architecture"""
 
-def tiny_llama(context: int = 256, **changes: Any) -> Any:
-    """Returns a random Llama of two layers over the tiny tokenizer's vocabulary."""
+
+def tiny_llama(**changes: Any) -> Any:
+    """Returns a random Llama with a tied head."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
-    settings = {
-        "vocab_size": 131,
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 16,
-        "max_position_embeddings": context,
-        "pad_token_id": 0,
-        "eos_token_id": 1,
-        "bos_token_id": 2,
-        "tie_word_embeddings": True,
-        "initializer_range": 0.15,
-    }
-    return LlamaForCausalLM(LlamaConfig(**{**settings, **changes}))
+    return LlamaForCausalLM(LlamaConfig(**{**TINY, "tie_word_embeddings": True, **changes}))
 
 
 def save_tiny(folder: Path, **changes: Any) -> str:

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from models import random_rollout, tiny_llama
+from models import TINY, random_rollout, tiny_llama
 from peft import LoraConfig, get_peft_model
 from tiny import tiny_tokenizer
 
@@ -50,20 +50,6 @@ def tiny_variant(kind):
     from transformers import AutoModelForCausalLM
     from transformers.models.auto.configuration_auto import AutoConfig
 
-    common = {
-        "vocab_size": 131,
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 16,
-        "max_position_embeddings": 128,
-        "initializer_range": 0.15,
-        "pad_token_id": 0,
-        "eos_token_id": 1,
-        "bos_token_id": 2,
-    }
     changes = {
         "qwen2": {},
         "qwen3": {},
@@ -74,7 +60,7 @@ def tiny_variant(kind):
         "phi3": {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}},
     }[kind]
     torch.manual_seed(0)
-    return AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **{**common, **changes}))
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **{**TINY, **changes}))
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
