@@ -11,41 +11,31 @@ from grpo_lightning.losses.segments import Segments
 
 @dataclass(frozen=True, slots=True)
 class Aggregation:
-    """A row of `AGGREGATIONS`; `weights(segments, totals) -> [N] float32`."""
+    """A row of `AGGREGATIONS`; `divisors(segments, totals) -> [S] float64`."""
 
-    weights: Callable[[Segments, LossTotals], Tensor]
+    divisors: Callable[[Segments, LossTotals], Tensor]
     formula: str
     split_invariant: bool = True
 
+    def weights(self, segments: Segments, totals: LossTotals) -> Tensor:
+        """Returns w [N] float64; every token of a completion weighs the same."""
+        return segments.spread(1 / self.divisors(segments, totals).clamp(min=1))
 
-def _per_sequence(x: Tensor, s: Segments) -> Tensor:
-    return s.spread(x.float())
+
+def _constant(s: Segments, divisor: float) -> Tensor:
+    return s.lengths.double().fill_(divisor)
 
 
 AGGREGATIONS: dict[str, Aggregation] = {
-    "sequence_mean": Aggregation(
-        lambda s, t: _per_sequence(1.0 / (s.lengths.clamp(min=1) * max(t.sequences, 1)), s), "1 / (L_s S_w)"
-    ),
-    "token_mean": Aggregation(
-        lambda s, t: _per_sequence(s.lengths.new_ones(s.lengths.shape) / max(t.tokens, 1), s), "1 / N_w"
-    ),
-    "constant": Aggregation(
-        lambda s, t: _per_sequence(
-            s.lengths.new_ones(s.lengths.shape) / (max(t.sequences, 1) * t.max_tokens), s
-        ),
-        "1 / (S_w L_max)",
-    ),
-    "sequence_sum": Aggregation(
-        lambda s, t: _per_sequence(s.lengths.new_ones(s.lengths.shape) / max(t.sequences, 1), s), "1 / S_w"
-    ),
+    "sequence_mean": Aggregation(lambda s, t: s.lengths.double() * t.sequences, "1 / (L_s S_w)"),
+    "token_mean": Aggregation(lambda s, t: _constant(s, t.tokens), "1 / N_w"),
+    "constant": Aggregation(lambda s, t: _constant(s, t.sequences * t.max_tokens), "1 / (S_w L_max)"),
+    "sequence_sum": Aggregation(lambda s, t: _constant(s, t.sequences), "1 / S_w"),
     "prompt_mean": Aggregation(
-        lambda s, t: _per_sequence(1.0 / (s.group_tokens.clamp(min=1)[s.groups] * max(t.groups, 1)), s),
-        "1 / (N_group P_w)",
+        lambda s, t: s.group_tokens[s.groups].double() * t.groups, "1 / (N_group P_w)"
     ),
     "microbatch_token_mean": Aggregation(
-        lambda s, t: _per_sequence(
-            s.lengths.new_ones(s.lengths.shape) / (s.lengths.sum().clamp(min=1) * t.micro_batches), s
-        ),
+        lambda s, t: _constant(s, float(s.ids.numel())).clamp(min=1) * t.micro_batches,
         "1 / (N K W), N of this micro-batch",
         split_invariant=False,
     ),
