@@ -8,6 +8,7 @@ import torch
 from grpo_lightning.advantages import ADVANTAGES
 from grpo_lightning.batch import RolloutBatch
 from grpo_lightning.losses import AGGREGATIONS, KL_ESTIMATORS, RECIPES, SURROGATES, LossConfig, policy_loss
+from grpo_lightning.losses.corrections import PRESETS
 from grpo_lightning.samples import Completion
 
 HERE = Path(__file__).parent
@@ -27,6 +28,35 @@ correction `c`. `A`: advantage, `d`: log-ratio to the old policy, `l`: log-proba
 
 All counts (`N_w` tokens, `S_w` completions, `P_w` groups) are of the whole optimizer step, so that a gradient does not depend on
 how it is split; the one exception is `bnpo`, by its definition.
+"""
+
+KL = """
+`kl_bias_correction` multiplies `k1` and `k3` by the ratio (2512.02556), which makes their gradient unbiased. `kl_in: reward` takes
+`kl_coef` times the sum of `old - reference` (k1) off each completion's reward instead. `adaptive_kl: {target: 0.05}` lets `kl_coef`
+follow the divergence: `coef (1 + gain clip(KL / target - 1, -0.2, 0.2))` after every optimizer step (1909.08593).
+
+The reference is the policy that training starts from: the base without its adapter, or a copy of what trains where there
+is no adapter or where the adapter does not start as zero (PiSSA, OLoRA ...). `model.reference: {ema_alpha: 0.6, ema_every: 512}`
+lets it follow: `ref <- ema_alpha policy + (1 - ema_alpha) ref` every 512 optimizer steps; 1 is a periodic copy. With an adapter
+the mean is that of its factors A and B. Both are part of a checkpoint.
+"""
+
+CORRECTION = """
+## Sampler corrections
+
+An engine computes in other kernels, perhaps in fewer bits, than the trainer: its policy is slightly another. With
+`m = old - sampler` per token, `q` is `exp(m)` (`level: token`), the product over the completion (`sequence`) or its geometric mean
+(`geometric`); `mode: truncate` clamps `q` to `[low, high]`, `mask` puts 0 for what lies outside, `gate` lets `q` decide and weighs by
+`exp(m)`. `bypass: true` takes the engine's log-probabilities as the old ones: the clip then bounds the mismatch too, and no old
+pass is needed. What is dropped keeps its place in the normalisers. `off_policy_threshold` drops completions with A < 0 whose
+policy has moved further on average (2512.02556).
+
+With `top_p`, `top_k` or `min_p` an engine's log-probabilities are renormalised over the tokens it kept. They are brought back to the
+whole vocabulary by the mass that the trainer's policy has in that set, so that the cut is not taken for a mismatch. Penalties, structured outputs and the like cannot be undone: the engine's
+numbers are not used then, and a warning says so.
+
+Watch `sampling/importance_sampling_ratio/mean` (near 1), `sampling/ess` (effective share of the tokens) and
+`sampling/dropped_sequence_frac` (a few per cent at most).
 """
 
 SWITCH = """
@@ -50,9 +80,10 @@ def page() -> str:
     parts = [
         INTRO,
         "\n## Recipes\n",
-        "| `model.loss.name` | surrogate | ratio | aggregation | advantage | defaults | arXiv | when |",
+        "| `model.loss.name` | surrogate | ratio | aggregation | advantage | defaults | arXiv | when | "
+        "differs from the paper |",
     ]
-    parts.append("|---|---|---|---|---|---|---|---|")
+    parts.append("|---|---|---|---|---|---|---|---|---|")
     for name, r in RECIPES.items():
         defaults = ", ".join(
             f"{k} {v:g}" if isinstance(v, float) else f"{k} {v}" for k, v in r.defaults.items()
@@ -66,6 +97,7 @@ def page() -> str:
             defaults,
             r.paper,
             r.note,
+            r.differs,
         ]
         parts.append("| " + " | ".join(c or "–" for c in cells) + " |")
     parts += ["\n## Surrogates\n", "| name | l, minimised | ratio levels | arXiv |", "|---|---|---|---|"]
@@ -91,6 +123,12 @@ def page() -> str:
     parts += [
         f"| `{n}` | `{k.formula}` | {'yes' if k.correctable else 'no'} |" for n, k in KL_ESTIMATORS.items()
     ]
+    parts += ["", KL.strip(), "", CORRECTION.strip(), "\n| overlay | level | mode | low | high | when |"]
+    parts.append("|---|---|---|---|---|---|")
+    for n, (c, when) in PRESETS.items():
+        bounds = ("–", "–") if c.mode == "off" else (c.low, c.high)
+        cells = [f"`configs/correction/{n}.yaml`", c.level, c.mode, *bounds, when]
+        parts.append("| " + " | ".join("–" if x is None else str(x) for x in cells) + " |")
     return "\n".join(parts) + "\n" + SWITCH
 
 

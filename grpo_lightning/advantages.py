@@ -5,6 +5,7 @@ Computed once per rollout in float64 on whole groups, which never span ranks; `a
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -80,6 +81,19 @@ class RewardTable:
         low = far.scatter_reduce(0, self.group_ids, x.nan_to_num(torch.inf), "amin")
         return high <= low
 
+    def silent_groups(self, name: str) -> set[int]:
+        """Returns the groups whose rewards say nothing about their members, in the way `name` reads them."""
+        silent = ADVANTAGES[name].constant(self)
+        return {g for g in range(self.num_groups) if silent[g]}
+
+
+def _constant_total(r: RewardTable) -> Tensor:
+    return r.constant_groups(r.total)
+
+
+def _constant_columns(r: RewardTable) -> Tensor:
+    return torch.stack([r.constant_groups(column) for column in r.by_function.unbind(1)]).all(0)
+
 
 @dataclass(frozen=True, slots=True)
 class Advantage:
@@ -89,18 +103,22 @@ class Advantage:
     formula: str
     paper: str
     zero_variance_is_zero: bool = True
+    constant: Callable[[RewardTable], Tensor] = _constant_total
+    """[P] bool: groups without signal"""
+    uses_total: bool = True
+    """reads the sum of the rewards, so that a penalty on it acts"""
 
 
 ADVANTAGES: dict[str, Advantage] = {}
 
 
 def register_advantage(
-    name: str, *, formula: str, paper: str = "", zero_variance_is_zero: bool = True
+    name: str, *, formula: str, paper: str = "", **flags: Any
 ) -> Callable[[Callable[[RewardTable], Tensor]], Callable[[RewardTable], Tensor]]:
     """Returns a decorator that adds `(RewardTable) -> [S] float64` to the table."""
 
     def add(compute: Callable[[RewardTable], Tensor]) -> Callable[[RewardTable], Tensor]:
-        ADVANTAGES[name] = Advantage(compute, formula, paper, zero_variance_is_zero)
+        ADVANTAGES[name] = Advantage(compute, formula, paper, **flags)
         return compute
 
     return add
@@ -135,6 +153,8 @@ def leave_one_out(r: RewardTable) -> Tensor:
     "gdpo",
     formula="each reward normalised in the group, summed, normalised in the rollout",
     paper="2601.05242",
+    constant=_constant_columns,
+    uses_total=False,
 )
 def gdpo(r: RewardTable) -> Tensor:
     """Returns summed z-scores per function, whitened over the rollout; constant columns give 0."""
@@ -226,7 +246,7 @@ def compute_advantages(
     total = rewards.total
     out = row.compute(rewards).masked_fill(total.isnan(), 0.0)
     if row.zero_variance_is_zero:
-        out = out.masked_fill(rewards.constant_groups(total)[rewards.group_ids], 0.0)
+        out = out.masked_fill(row.constant(rewards)[rewards.group_ids], 0.0)
     if clip is not None:
         out = out.clamp(*clip)
     return out.float()

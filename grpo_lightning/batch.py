@@ -9,7 +9,7 @@ the model.
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
 # (strict otherwise: torch leaves the types of tolist() and its like unknown)
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -25,7 +25,7 @@ from grpo_lightning.packing import (
     select,
     two_class_groups,
 )
-from grpo_lightning.samples import Completion
+from grpo_lightning.samples import Completion, Truncation
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,7 +77,7 @@ class RolloutBatch:
     rewards: Tensor  # [S] float32; NaN where no reward applies
     advantages: Tensor  # [S] float32
     group_tokens: Tensor  # [P] int64; trainable tokens of each group in the whole window
-    sampler_logprobs: Tensor | None = None  # [N] nats, the engine's policy
+    sampler_logprobs: Tensor | None = None  # [N] nats, the engine's policy; over its kept set if `truncation`
     old_logprobs: Tensor | None = (
         None  # [N] nats, the policy before the first update; None: the training forward's
     )
@@ -91,6 +91,8 @@ class RolloutBatch:
     totals: LossTotals
     temperature: float
     policy_version: int = 0
+    truncation: Truncation | None = None
+    """the kept set that `sampler_logprobs` are over; None: the whole vocabulary"""
 
     @classmethod
     def pack(
@@ -104,6 +106,7 @@ class RolloutBatch:
         max_tokens: int,
         temperature: float = 1.0,
         policy_version: int = 0,
+        truncation: Truncation | None = None,
         mask_truncated: bool = False,
         micro_batches: int = 1,
     ) -> "RolloutBatch":
@@ -116,6 +119,7 @@ class RolloutBatch:
             advantages: [S] float.
             rewards: [S] float; zeros if missing.
             max_tokens: `SamplingParams.max_tokens`, the divisor of Dr. GRPO's aggregation.
+            truncation: what the sampled completions' log-probabilities are renormalised over.
             mask_truncated: completions cut at `max_tokens` get no trainable token; they still count in S.
 
         Raises:
@@ -161,6 +165,7 @@ class RolloutBatch:
             ),
             temperature=temperature,
             policy_version=policy_version,
+            truncation=truncation,
             **geometry(prompt_lengths, lengths, groups),
         )
 
@@ -244,12 +249,22 @@ class RolloutBatch:
         totals = replace(local, **dict(zip(names, sums, strict=True)), micro_batches=micro_batches)
         return replace(self, totals=totals)
 
-    def without_dead_groups(self) -> "RolloutBatch":
-        """Returns the batch less the groups whose advantages are all 0; their tokens stay in the totals.
+    def rescored(self, log_kept: Tensor) -> "RolloutBatch":
+        """Returns the batch with `sampler_logprobs` over the whole vocabulary.
 
-        With no KL term and no entropy bonus such a group has a gradient of exactly 0.
+        Args:
+            log_kept: [N] log of the policy's mass in the kept set, in nats.
         """
-        groups = self.host_groups
-        alive = {g for g, a in zip(groups, self.advantages.tolist(), strict=True) if a != 0}
-        keep = [s for s, g in enumerate(groups) if g in alive]
-        return self if len(keep) == len(groups) else self.take(keep)
+        known = self.sampler_logprobs
+        whole = None if known is None else known + log_kept.to(known.dtype)
+        return replace(self, sampler_logprobs=whole, truncation=None)
+
+    def dead_groups(self) -> set[int]:
+        """Returns the groups whose advantages are all 0."""
+        alive = {g for g, a in zip(self.host_groups, self.advantages.tolist(), strict=True) if a != 0}
+        return set(range(len(self.prompt_lengths))) - alive
+
+    def without_groups(self, groups: Collection[int]) -> "RolloutBatch":
+        """Returns the batch less `groups`; their tokens stay in the totals."""
+        keep = [s for s, g in enumerate(self.host_groups) if g not in groups]
+        return self if len(keep) == len(self.lengths) else self.take(keep)

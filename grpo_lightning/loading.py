@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
 
-from grpo_lightning.errors import ConfigError
+from grpo_lightning.lora import check_lora
 from grpo_lightning.policy import Policy, unwrap
 
 
@@ -29,7 +29,7 @@ def load_policy(
         model_kwargs: passed to `from_pretrained`.
         gradient_checkpointing: recompute activations in the backward.
         disable_dropout: set every dropout of the base model to 0.
-        keep_reference: keep a frozen copy of the weights.
+        keep_reference: keep a copy of what trains as reference.
         chunk_rows: rows of logits that exist at one time.
     """
     from transformers import AutoModelForCausalLM
@@ -47,7 +47,7 @@ def load_policy(
     if lora is not None:
         from peft import get_peft_model
 
-        _check_lora(lora)
+        check_lora(lora)
         model = get_peft_model(causal, lora)
     policy = Policy(model, tokenizer, keep_reference=keep_reference, chunk_rows=chunk_rows)
     if policy.padded_reason:
@@ -63,16 +63,3 @@ def _disable_dropout(model: torch.nn.Module) -> None:
             module.p = 0.0
         if isinstance(getattr(module, "attention_dropout", None), float):
             setattr(module, "attention_dropout", 0.0)  # noqa: B010 - a plain number, not a submodule
-
-
-def _check_lora(lora: Any) -> None:
-    if lora.bias != "none":
-        raise ConfigError(
-            f"model.lora.bias is {lora.bias!r}; it must be 'none': no engine serves trained biases"
-        )
-    if lora.lora_dropout:
-        rank_zero_warn(
-            f"model.lora.lora_dropout is {lora.lora_dropout}: the ratio is not 1 on the first pass, and "
-            f"the gradient "
-            "depends on how a rollout is split; 0 avoids both"
-        )

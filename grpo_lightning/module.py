@@ -13,17 +13,19 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from grpo_lightning.batch import RolloutBatch
+from grpo_lightning.checkpoint import load, save
 from grpo_lightning.errors import ConfigError, GRPOError
-from grpo_lightning.losses import AGGREGATIONS, LossConfig, policy_loss
+from grpo_lightning.lora import lora_config, starts_as_base
+from grpo_lightning.losses import Coefficients, LossConfig
 from grpo_lightning.metrics import over_ranks
 from grpo_lightning.models import named, resolve_model
+from grpo_lightning.ops import policy_loss
+from grpo_lightning.reference import ReferenceConfig
 from grpo_lightning.samples import PromptBatch
-from grpo_lightning.stats import Stat, combine
+from grpo_lightning.stats import Stat, combine, extreme, mean
 
 if TYPE_CHECKING:
     from grpo_lightning.policy import Policy
-
-CHECKPOINT_FORMAT = 1
 
 
 def _adamw(params: Any) -> torch.optim.Optimizer:
@@ -42,6 +44,7 @@ class GRPOModule(pl.LightningModule):
         lora: fields of peft's LoraConfig, e.g. {r: 16, lora_alpha: 32}; null trains all weights.
         optimizer: any torch optimizer by class path, e.g. torch.optim.AdamW or bitsandbytes.optim.AdamW8bit.
         scheduler: any learning-rate scheduler by class path; it steps once per optimizer step.
+        reference: lets the reference policy of the KL term follow; null keeps the policy of the start.
         gradient_checkpointing: recompute activations in the backward instead of keeping them.
         disable_dropout: switch the model's dropout off; with dropout the ratio is not 1 on the first pass.
         trust_remote_code: run Python code that comes with the model.
@@ -57,6 +60,7 @@ class GRPOModule(pl.LightningModule):
         lora: dict[str, Any] | None = None,
         optimizer: OptimizerCallable = _adamw,
         scheduler: LRSchedulerCallable | None = None,
+        reference: ReferenceConfig | None = None,
         gradient_checkpointing: bool = True,
         disable_dropout: bool = True,
         trust_remote_code: bool = False,
@@ -70,6 +74,7 @@ class GRPOModule(pl.LightningModule):
         self._lora = lora
         self.make_optimizer = optimizer
         self.make_scheduler = scheduler
+        self.reference = reference
         self.gradient_checkpointing = gradient_checkpointing
         self.disable_dropout = disable_dropout
         self.trust_remote_code = trust_remote_code
@@ -79,22 +84,18 @@ class GRPOModule(pl.LightningModule):
         self.policy: Policy = cast("Policy", None)
         self.strict_loading = False  # checkpoints hold only what trains; `on_load_checkpoint` checks the rest
         self._window: list[Mapping[str, Stat]] = []
-        self._entropy: tuple[float, float | None] = (
-            self.loss.entropy_coef,
-            None,
-        )  # weight, last mean
+        self.coefficients = Coefficients(self.loss)
         self._tokenizer: Any = None
         self._model_path: str | None = None
-        if not AGGREGATIONS[str(self.loss.aggregation)].split_invariant:
-            rank_zero_warn(
-                f"model.loss.aggregation {self.loss.aggregation!r} depends on how a rollout is split into "
-                "micro-batches; token_mean does not"
-            )
+        if reference is not None and not self.loss.kl_coef:
+            raise ConfigError("model.reference is set but model.loss.kl_coef is 0; set kl_coef > 0")
+        for caution in self.loss.cautions():
+            rank_zero_warn(caution)
 
     @cached_property
     def lora(self) -> Any:
         """peft's LoraConfig, or None; made on first use, since importing peft takes a while."""
-        return _lora_config(self._lora)
+        return lora_config(self._lora)
 
     def setup(self, stage: str) -> None:
         """Checks the adapter's options before weights are loaded."""
@@ -143,7 +144,8 @@ class GRPOModule(pl.LightningModule):
             model_kwargs={"trust_remote_code": self.trust_remote_code, **self.model_kwargs},
             gradient_checkpointing=self.gradient_checkpointing,
             disable_dropout=self.disable_dropout,
-            keep_reference=self.loss.kl_coef != 0 and self.lora is None,
+            keep_reference=self.loss.kl_coef != 0
+            and (self.reference is not None or not starts_as_base(self.lora)),
             chunk_rows=self.logprob_chunk_rows,
         )
 
@@ -170,21 +172,23 @@ class GRPOModule(pl.LightningModule):
         """
         with torch.no_grad():
             if old:
-                logprobs, entropies = self.policy.logprobs(batch)
-                batch = replace(batch, old_logprobs=logprobs, old_entropies=entropies)
-            reward_kl = old and self.loss.kl_in == "reward"
-            if (self.loss.kl_loss_coef or (self.loss.kl_coef and reward_kl)) and batch.ref_logprobs is None:
+                scores = self.policy.logprobs(batch)
+                batch = replace(batch, old_logprobs=scores.logprobs, old_entropies=scores.entropies)
+                batch = batch if scores.log_kept is None else batch.rescored(scores.log_kept)
+            if batch.ref_logprobs is None and (self.loss.kl_loss_coef or (self.loss.kl_coef and old)):
                 with self.policy.reference():
-                    batch = replace(batch, ref_logprobs=self.policy.logprobs(batch)[0])
+                    theirs = self.policy.logprobs(replace(batch, truncation=None))
+                batch = replace(batch, ref_logprobs=theirs.logprobs)
         return batch
 
     def training_step(self, batch: RolloutBatch | PromptBatch, batch_idx: int) -> Tensor:
         """Returns this micro-batch's share of the loss, scaled for Lightning's and DDP's averages."""
         rollout = self.score(_rollout_of(batch), old=False)
-        coefficient = self.entropy_coef
-        logprobs, entropy = self.policy.logprobs(rollout, entropy_grad=coefficient != 0)
-        out = policy_loss(logprobs, rollout, self.loss, entropy, entropy_coef=coefficient)
-        self._window.append(out.stats)
+        weights = {"kl_coef": self.coefficients.kl, "entropy_coef": self.coefficients.entropy}
+        logprobs, entropy, log_kept = self.policy.logprobs(rollout, entropy_grad=weights["entropy_coef"] != 0)
+        rollout = rollout if log_kept is None else rollout.rescored(log_kept)
+        out = policy_loss(logprobs, rollout, self.loss, entropy, **weights)
+        self._window.append(out.stats | self._rollout_stats(rollout, logprobs.detach()))
         if self._window_is_full(batch_idx):
             self._log_window()
         return rollout.totals.micro_batches * out.loss
@@ -199,11 +203,23 @@ class GRPOModule(pl.LightningModule):
         """Returns the samples of the batch as columns."""
         return batch.samples
 
-    @property
-    def entropy_coef(self) -> float:
-        """Weight of the entropy bonus in this step."""
-        adaptive, (weight, last) = self.loss.adaptive_entropy, self._entropy
-        return weight if adaptive is None or adaptive.applies(last) else 0.0
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """Steps, and lets the reference follow; here, so that a checkpoint of this step holds both."""
+        super().optimizer_step(*args, **kwargs)
+        if self.reference is not None and (self.global_step + 1) % self.reference.ema_every == 0:
+            assert self.policy.reference_copy is not None
+            self.policy.reference_copy.mix(self.policy.trainable(), self.reference.ema_alpha)
+
+    def _rollout_stats(self, rollout: RolloutBatch, logprobs: Tensor) -> dict[str, Stat]:
+        lag = self.global_step - rollout.policy_version
+        stats = {
+            "rollout/policy_lag": mean(float(lag), 1.0),
+            "rollout/window_tokens": extreme("max", float(rollout.totals.tokens)),
+        }
+        if lag == 0 and rollout.old_logprobs is not None and len(logprobs):
+            error = ((logprobs - rollout.old_logprobs).exp() - 1).abs().max()
+            stats["ratio/first_pass_max_error"] = extreme("max", error)
+        return stats
 
     def _window_is_full(self, batch_idx: int) -> bool:
         k = self.trainer.accumulate_grad_batches
@@ -217,55 +233,18 @@ class GRPOModule(pl.LightningModule):
                 f"the loss of optimizer step {self.global_step} is not finite; lower the learning rate, "
                 "raise clipping (trainer.gradient_clip_val), or inspect the rollout with rollout.record_to"
             )
-        if self.loss.has_entropy_bonus:
-            metrics["entropy_coef"] = self.entropy_coef
-        if self.loss.adaptive_entropy is not None and "entropy" in metrics:
-            last = metrics["entropy"]
-            self._entropy = (self.loss.adaptive_entropy.step(self._entropy[0], last), last)
+        metrics |= self.coefficients.metrics()
+        self.coefficients.step(metrics)
         for name, value in metrics.items():
             self.log(name, value, prog_bar=name == "kl", batch_size=1)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keeps what trains, and says what it belongs to."""
-        trained = {f"policy.{name}" for name in self.policy.trainable()}
-        checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in trained}
-        ours = checkpoint.setdefault("grpo_lightning", {})
-        ours.update({"format": CHECKPOINT_FORMAT, "entropy": self._entropy, **self._identity()})
-        if self.policy.is_lora:
-            ours["adapter_config"] = self.policy.adapter_config()
+        save(self, checkpoint)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuses a checkpoint of another model or adapter, naming what differs."""
-        theirs = checkpoint.get("grpo_lightning")
-        if theirs is None:
-            raise ConfigError("--ckpt_path: not a checkpoint of GRPOModule")
-        ours = {"format": CHECKPOINT_FORMAT, **self._identity()}
-        for key, value in ours.items():
-            if theirs.get(key) != value:
-                raise ConfigError(
-                    f"--ckpt_path: {key} is {theirs.get(key)!r} in the checkpoint and {value!r} in this run; "
-                    f"set it as in the checkpoint"
-                )
-        self._entropy = tuple(theirs["entropy"])
-        self.configure_model()
-        trained = {f"policy.{name}" for name in self.policy.trainable()}
-        if missing := trained ^ set(checkpoint["state_dict"]):
-            raise ConfigError(
-                f"--ckpt_path: weights do not match, e.g. {sorted(missing)[0]}; same model and lora?"
-            )
-
-    def _identity(self) -> dict[str, Any]:
-        lora = self.lora
-        return {
-            "model.model_name": self.model_name,
-            "model.lora": None
-            if lora is None
-            else {"r": lora.r, "lora_alpha": lora.lora_alpha, "target_modules": _plain(lora.target_modules)},
-        }
-
-
-def _plain(modules: Any) -> Any:
-    return sorted(modules) if isinstance(modules, set | list) else modules
+        load(self, checkpoint)
 
 
 def _rollout_of(batch: RolloutBatch | PromptBatch) -> RolloutBatch:
@@ -276,20 +255,3 @@ def _rollout_of(batch: RolloutBatch | PromptBatch) -> RolloutBatch:
             "or feed it RolloutBatch objects"
         )
     return rollout
-
-
-def _lora_config(lora: Any) -> Any:
-    """Returns a LoraConfig; checks the names in a mapping, since peft's own message lists none."""
-    if lora is None or not isinstance(lora, Mapping):
-        return lora
-    from dataclasses import fields
-
-    from peft import LoraConfig
-
-    from grpo_lightning.errors import choices
-
-    allowed = [f.name for f in fields(LoraConfig)]
-    for key in lora:
-        if key not in allowed:
-            raise ConfigError(f"model.lora has the key {choices(key, allowed)}")
-    return LoraConfig(**{"task_type": "CAUSAL_LM", "target_modules": "all-linear", **lora})

@@ -191,7 +191,6 @@ _NO_PLACE = ("not offered", "planned", "derived")
 
 
 NOT_YET = (
-    "model.reference",
     "model.router_loss_coef",
     "model.lm_head_fp32",
     "model.quantization",

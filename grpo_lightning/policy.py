@@ -4,8 +4,7 @@ forward."""
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from copy import deepcopy
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +19,16 @@ from grpo_lightning.layouts import (
     register_packed_attention,
 )
 from grpo_lightning.ops import fused_linear_logprobs
+from grpo_lightning.ops.kept import kept_logmass
+from grpo_lightning.reference import WeightCopy
+
+
+class TokenScores(NamedTuple):
+    """What a forward says of the completion tokens, fp32, in nats."""
+
+    logprobs: Tensor  # [N]
+    entropies: Tensor  # [N]
+    log_kept: Tensor | None  # [N] without gradient; of batches with a `truncation`
 
 
 class Policy(nn.Module):
@@ -28,9 +37,8 @@ class Policy(nn.Module):
     Args:
         causal: the model, already wrapped by peft where `lora` is used.
         tokenizer: its tokenizer.
-        keep_reference: keep a frozen copy of the weights as reference (full fine-tuning with a KL term).
+        keep_reference: keep a copy of what trains, as it is now, as reference.
         chunk_rows: rows of logits that exist at one time; None derives them from a memory budget.
-        layout: `packed`, or `padded` for architectures that cannot run packed.
     """
 
     def __init__(
@@ -45,10 +53,9 @@ class Policy(nn.Module):
         self.model = causal
         self.tokenizer = tokenizer
         self.chunk_rows = chunk_rows
-        self.frozen = deepcopy(causal).requires_grad_(False).eval() if keep_reference else None
+        self.reference_copy = WeightCopy(self.trainable()) if keep_reference else None
         self.padded_reason = needs_padding(self.causal.config)
         self.stock_attention: str = self.causal.config._attn_implementation
-        self._active = causal
         if self.padded_reason is None:
             register_packed_attention()
             self._set_attention(PACKED)
@@ -97,47 +104,45 @@ class Policy(nn.Module):
         for name, p in self.trainable().items():
             if name in masters and p.dtype != torch.float32:
                 p.data = masters[name].to(p.device)
+        if self.reference_copy is not None:
+            self.reference_copy.follow(self.trainable())
         return self
 
     def completion_hidden(self, batch: RolloutBatch) -> Tensor:
         """Returns the hidden states [N, H] that predict the completion tokens of `batch`."""
-        decoder = unwrap(self._active).get_decoder()
+        decoder = self.causal.get_decoder()
         if batch.num_tokens == 0:
             return self._nothing(batch)
         if self.padded_reason is None:
             return packed_hidden(decoder, batch)
         return padded_hidden(decoder, batch, self.pad_id)
 
-    def logprobs(self, batch: RolloutBatch, *, entropy_grad: bool = False) -> tuple[Tensor, Tensor]:
-        """Returns log-probabilities [N] and entropies [N] of the batch's completion tokens, fp32, in nats."""
-        hidden = self.completion_hidden(batch)
-        causal = unwrap(self._active)
-        head = causal.get_output_embeddings()
-        return fused_linear_logprobs(
-            hidden.to(head.weight.dtype),
-            head.weight,
-            batch.target_ids,
-            batch.temperature,
-            bias=getattr(head, "bias", None),
-            entropy_grad=entropy_grad,
-            chunk_rows=self.chunk_rows,
-            **head_scaling(causal.config),
-        )
+    def logprobs(self, batch: RolloutBatch, *, entropy_grad: bool = False) -> TokenScores:
+        """Returns log-probabilities and entropies of the batch's completion tokens."""
+        head = self.causal.get_output_embeddings()
+        hidden = self.completion_hidden(batch).to(head.weight.dtype)
+        args = (hidden, head.weight, batch.target_ids, batch.temperature)
+        options = {
+            "bias": getattr(head, "bias", None),
+            "chunk_rows": self.chunk_rows,
+            **head_scaling(self.causal.config),
+        }
+        logprobs, entropies = fused_linear_logprobs(*args, entropy_grad=entropy_grad, **options)
+        kept = batch.truncation
+        log_kept = None if kept is None else kept_logmass(*args, kept=kept, **options)
+        return TokenScores(logprobs, entropies, log_kept)
 
     @contextmanager
     def reference(self) -> Iterator[None]:
-        """Runs the reference policy inside: the adapter switched off, or the frozen copy."""
-        if self.is_lora:
+        """Runs the reference policy inside: the copy, or the adapter switched off."""
+        if self.reference_copy is not None:
+            with self.reference_copy.in_place_of(self.trainable()):
+                yield
+        elif self.is_lora:
             with self.model.disable_adapter():  # pyright: ignore[reportCallIssue]
                 yield
-            return
-        if self.frozen is None:
+        else:
             raise ConfigError("this policy keeps no reference; build it with keep_reference=True")
-        self._active = self.frozen
-        try:
-            yield
-        finally:
-            self._active = self.model
 
     @contextmanager
     def generating(self) -> Iterator[Any]:
@@ -177,9 +182,7 @@ class Policy(nn.Module):
             )
 
     def _set_attention(self, name: str) -> None:
-        for model in (self.model, self.frozen):
-            if model is not None:
-                unwrap(model).set_attn_implementation(name)
+        self.causal.set_attn_implementation(name)
 
     def _nothing(self, batch: RolloutBatch) -> Tensor:
         """Returns [0, H], tied to every trainable parameter, so that gradient reductions match."""

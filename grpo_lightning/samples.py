@@ -1,7 +1,7 @@
 """What is asked of a model and what it answered: prompts, sampling parameters, completions."""
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from grpo_lightning.errors import ConfigError
 
@@ -12,6 +12,27 @@ if TYPE_CHECKING:
 
 Message = dict[str, Any]
 Prompt = str | list[Message]
+
+
+CHANGES_PROBABILITIES = {
+    "allowed_token_ids",
+    "bad_words",
+    "frequency_penalty",
+    "logit_bias",
+    "logits_processors",
+    "min_tokens",
+    "presence_penalty",
+    "structured_outputs",
+}
+"""keys of `SamplingParams.extra` with which an engine samples from something else than the policy"""
+
+
+class Truncation(NamedTuple):
+    """What forms the set of tokens that sampling keeps."""
+
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +71,18 @@ class SamplingParams:
         for name, holds, allowed in bounds:
             if not holds:
                 raise ConfigError(f"sampling.{name} is {getattr(self, name)}; it must be {allowed}")
+
+    @property
+    def truncation(self) -> Truncation | None:
+        """What the vocabulary is cut down to, or None where all of it is sampled from."""
+        kept = Truncation(self.top_p, self.top_k, self.min_p or 0.0)
+        return None if kept == Truncation() else kept
+
+    @property
+    def distorted_by(self) -> list[str]:
+        """Options for which the engine's log-probabilities are not those of any policy we can compute."""
+        own = [("repetition_penalty", self.repetition_penalty != 1.0), ("regex", self.regex is not None)]
+        return [key for key, on in own if on] + sorted(CHANGES_PROBABILITIES & set(self.extra))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -6,3 +6,12 @@ from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = "1"
 sys.path.insert(0, str(Path(__file__).parent))
+
+import pytest  # after the thread count, which torch reads on import
+from models import save_tiny
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory):
+    """A tiny model and its tokenizer on disk."""
+    return save_tiny(tmp_path_factory.mktemp("tiny"))

@@ -1,5 +1,6 @@
 """From a rollout to the micro-batches that train: penalties, windows, passes without gradient, selections."""
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
@@ -8,7 +9,7 @@ import torch
 from grpo_lightning.batch import RolloutBatch
 from grpo_lightning.callbacks.surroundings import profiled, run_seed
 from grpo_lightning.losses import LossConfig
-from grpo_lightning.losses.window import choose_tokens, reference_gap
+from grpo_lightning.losses.window import choose_tokens, given, reference_gap
 from grpo_lightning.metrics import all_sum, gather
 from grpo_lightning.rollout.collect import Collector, Rollout
 
@@ -21,7 +22,9 @@ def make_parts(
 ) -> tuple[list[RolloutBatch], int]:
     """Returns the micro-batches of one pass, in training order, and how many groups were dropped."""
     whole = _with_kl_in_reward(rollout, collector, trainer, module)
-    batch = whole.without_dead_groups() if _drops(settings, module.loss) else whole
+    batch = whole
+    if _drops(settings, module.loss):
+        batch = whole.without_groups(rollout.rewards.silent_groups(collector.advantage))
     several = settings.updates_per_rollout * settings.num_iterations > 1
     parts = [
         part
@@ -34,14 +37,16 @@ def make_parts(
 def _with_kl_in_reward(
     rollout: Rollout, collector: Collector, trainer: pl.Trainer, module: Any
 ) -> RolloutBatch:
-    """Returns the batch, its rewards less kl_coef times the summed log-ratio to the reference."""
+    """Returns the batch with its reference; the rewards lose kl_coef times the summed log-ratio to it."""
     loss: LossConfig = module.loss
     if not loss.kl_coef or loss.kl_in != "reward":
         return rollout.batch
     with profiled(trainer, "score"):
         parts = rollout.batch.split(trainer.accumulate_grad_batches)
-        sums = [reference_gap(module.score(p.to(module.device), old=True).to("cpu")) for p in parts]
-    return collector.penalised(rollout, loss.kl_coef * torch.cat(sums))
+        scored = [module.score(p.to(module.device), old=True).to("cpu") for p in parts]
+    gap = torch.cat([reference_gap(p) for p in scored])
+    reference = torch.cat([given(p.ref_logprobs) for p in scored])
+    return replace(collector.penalised(rollout, module.coefficients.kl * gap), ref_logprobs=reference)
 
 
 def _drops(settings: "RolloutCallback", loss: LossConfig) -> bool:
@@ -57,8 +62,10 @@ def _micro_batches(
     loss: LossConfig = module.loss
     window = window.all_reduce_totals(all_sum, micro_batches=k * trainer.world_size)
     if loss.dead_groups_are_still and not loss.needs_old_pass:
-        window = window.without_dead_groups()
-    old = several or loss.needs_old_pass
+        window = window.without_groups(window.dead_groups())
+    # The engine's numbers stand for the old ones, once they are over the whole vocabulary.
+    bypassed = loss.correction.bypass and window.sampler_logprobs is not None and window.truncation is None
+    old = (several and not bypassed) or loss.needs_old_pass
     parts = window.split(k, whole_groups=loss.objective.whole_groups)
     if not old and not loss.kl_loss_coef:
         return parts

@@ -20,6 +20,7 @@ from grpo_lightning.callbacks.surroundings import (
     check_context,
     check_counts,
     check_epoch,
+    check_loss,
     check_sampling,
     longest_prompt,
     profiled,
@@ -27,6 +28,7 @@ from grpo_lightning.callbacks.surroundings import (
     trainer_state,
 )
 from grpo_lightning.errors import ConfigError
+from grpo_lightning.losses import LossConfig
 from grpo_lightning.metrics import gather, over_ranks
 from grpo_lightning.rewards.suite import Rewards
 from grpo_lightning.rollout.collect import Collector, Rollout
@@ -45,8 +47,7 @@ class RolloutCallback(Callback):
     """Samples, scores and packs completions, and deals them to the module as micro-batches.
 
     One rollout feeds `accumulate_grad_batches * updates_per_rollout * num_iterations` micro-batches. Works
-    with any
-    LightningModule that has `policy`, `loss` and `score` as GRPOModule does.
+    with any LightningModule that has `policy`, `loss`, `score` and `coefficients` as GRPOModule does.
 
     Args:
         reward_funcs: reward functions, by import path, as `file.py:func`, or as {class_path, init_args}.
@@ -112,6 +113,9 @@ class RolloutCallback(Callback):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Checks, before weights are loaded, that options, data and model fit together."""
         check_accumulation(trainer)
+        loss = getattr(pl_module, "loss", None)
+        if isinstance(loss, LossConfig):
+            check_loss(loss, self.sampling, self.advantage or loss.recipe.advantage)
         for key, sampling in (("sampling", self.sampling), ("validation.sampling", self.validation.sampling)):
             if sampling is not None:
                 check_context(trainer, pl_module, f"rollout.{key}", sampling)

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from grpo_lightning.batch import LossTotals, RolloutBatch
+from grpo_lightning.samples import Truncation
 
 
 def random_state() -> dict[str, Any]:
@@ -36,9 +37,11 @@ def restore_random_state(state: dict[str, Any]) -> None:
 def batch_state(batch: RolloutBatch) -> dict[str, Any]:
     """Returns a batch as a dict of tensors, tuples and numbers."""
     fields = {name: getattr(batch, name) for name in batch.__slots__}
-    return {**fields, "totals": asdict(batch.totals)}
+    kept = None if batch.truncation is None else tuple(batch.truncation)
+    return {**fields, "totals": asdict(batch.totals), "truncation": kept}
 
 
 def restore_batch(state: dict[str, Any]) -> RolloutBatch:
     """Returns the batch that `batch_state` described."""
-    return RolloutBatch(**{**state, "totals": LossTotals(**state["totals"])})
+    kept = None if state["truncation"] is None else Truncation(*state["truncation"])
+    return RolloutBatch(**{**state, "totals": LossTotals(**state["totals"]), "truncation": kept})

@@ -11,9 +11,11 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
+from lightning.pytorch.utilities import rank_zero_warn
 
 from grpo_lightning.advantages import ADVANTAGES
 from grpo_lightning.errors import ConfigError, choices
+from grpo_lightning.losses import LossConfig
 from grpo_lightning.samples import SamplingParams
 
 
@@ -61,6 +63,23 @@ def check_sampling(sampling: SamplingParams, advantage: str | None) -> None:
         )
     if advantage is not None and advantage not in ADVANTAGES:
         raise ConfigError(f"rollout.advantage is {choices(advantage, ADVANTAGES)}")
+
+
+def check_loss(loss: LossConfig, sampling: SamplingParams, advantage: str) -> None:
+    """Raises ConfigError if loss and advantages do not fit; says when sampling rules a correction out."""
+    if loss.kl_coef and loss.kl_in == "reward" and not ADVANTAGES[advantage].uses_total:
+        raise ConfigError(
+            f"model.loss.kl_in is 'reward', but rollout.advantage {advantage!r} normalises each reward by "
+            "itself, which leaves no place for it; set model.loss.kl_in to loss"
+        )
+    corrects = (
+        loss.correction.mode != "off" or loss.correction.bypass or loss.off_policy_threshold is not None
+    )
+    if corrects and sampling.distorted_by:
+        rank_zero_warn(
+            f"rollout.sampling.{sampling.distorted_by[0]} makes the engine sample from something else than "
+            "the policy: its log-probabilities are not used, so model.loss.correction is off"
+        )
 
 
 def check_context(trainer: pl.Trainer, module: Any, key: str, sampling: SamplingParams) -> None:

@@ -1,10 +1,10 @@
 """Losses as tables: surrogate x ratio level x aggregation, named by recipes. Torch only."""
 
 from grpo_lightning.losses import objectives as objectives  # fills SURROGATES
+from grpo_lightning.losses.adaptive import AdaptiveEntropy, AdaptiveKL, Coefficients
 from grpo_lightning.losses.aggregations import AGGREGATIONS
 from grpo_lightning.losses.config import LossConfig
 from grpo_lightning.losses.corrections import CorrectionConfig
-from grpo_lightning.losses.entropy import AdaptiveEntropy
 from grpo_lightning.losses.kl import KL_ESTIMATORS
 from grpo_lightning.losses.policy_loss import LossOutput, policy_loss
 from grpo_lightning.losses.ratios import RATIO_LEVELS
@@ -18,6 +18,8 @@ __all__ = [
     "RECIPES",
     "SURROGATES",
     "AdaptiveEntropy",
+    "AdaptiveKL",
+    "Coefficients",
     "CorrectionConfig",
     "LossConfig",
     "LossOutput",

@@ -16,6 +16,8 @@ class Aggregation:
     divisors: Callable[[Segments, LossTotals], Tensor]
     formula: str
     split_invariant: bool = True
+    per_token: bool = False
+    """whether a completion weighs more the longer it is"""
 
     def weights(self, segments: Segments, totals: LossTotals) -> Tensor:
         """Returns w [N] float64; every token of a completion weighs the same."""
@@ -28,8 +30,10 @@ def _constant(s: Segments, divisor: float) -> Tensor:
 
 AGGREGATIONS: dict[str, Aggregation] = {
     "sequence_mean": Aggregation(lambda s, t: s.lengths.double() * t.sequences, "1 / (L_s S_w)"),
-    "token_mean": Aggregation(lambda s, t: _constant(s, t.tokens), "1 / N_w"),
-    "constant": Aggregation(lambda s, t: _constant(s, t.sequences * t.max_tokens), "1 / (S_w L_max)"),
+    "token_mean": Aggregation(lambda s, t: _constant(s, t.tokens), "1 / N_w", per_token=True),
+    "constant": Aggregation(
+        lambda s, t: _constant(s, t.sequences * t.max_tokens), "1 / (S_w L_max)", per_token=True
+    ),
     "sequence_sum": Aggregation(lambda s, t: _constant(s, t.sequences), "1 / S_w"),
     "prompt_mean": Aggregation(
         lambda s, t: s.group_tokens[s.groups].double() * t.groups, "1 / (N_group P_w)"
@@ -38,5 +42,6 @@ AGGREGATIONS: dict[str, Aggregation] = {
         lambda s, t: _constant(s, float(s.ids.numel())).clamp(min=1) * t.micro_batches,
         "1 / (N K W), N of this micro-batch",
         split_invariant=False,
+        per_token=True,
     ),
 }

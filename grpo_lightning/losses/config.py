@@ -5,9 +5,9 @@ from dataclasses import dataclass, field, replace
 
 from grpo_lightning.errors import ConfigError, choices
 from grpo_lightning.importing import import_object
+from grpo_lightning.losses.adaptive import AdaptiveEntropy, AdaptiveKL
 from grpo_lightning.losses.aggregations import AGGREGATIONS
 from grpo_lightning.losses.corrections import CorrectionConfig
-from grpo_lightning.losses.entropy import AdaptiveEntropy
 from grpo_lightning.losses.kl import KL_ESTIMATORS
 from grpo_lightning.losses.ratios import RATIO_LEVELS
 from grpo_lightning.losses.recipes import RECIPES, Recipe
@@ -37,6 +37,7 @@ class LossConfig:
         kl_in: loss, or reward: each completion's reward loses kl_coef times the sum of k1 over its tokens.
         kl_estimator: k1, k2, k3, k1_straight or k3_straight.
         kl_bias_correction: multiply k1 or k3 by the ratio, which makes its gradient unbiased (2512.02556).
+        adaptive_kl: lets kl_coef follow the KL divergence; null keeps it.
         entropy_coef: weight of the entropy bonus.
         adaptive_entropy: lets that weight follow the entropy; null keeps it.
         top_entropy_quantile: share of tokens, those of highest entropy, that train (2506.01939); 1 is all.
@@ -79,6 +80,7 @@ class LossConfig:
     kl_in: str | None = None
     kl_estimator: str | None = None
     kl_bias_correction: bool = True
+    adaptive_kl: AdaptiveKL | None = None
     entropy_coef: float = 0.0
     adaptive_entropy: AdaptiveEntropy | None = None
     top_entropy_quantile: float = 1.0
@@ -159,7 +161,7 @@ class LossConfig:
     @property
     def dead_groups_are_still(self) -> bool:
         """Whether a group whose advantages are all 0 has a gradient of exactly 0."""
-        return self.kl_loss_coef == 0 and not self.has_entropy_bonus
+        return self.objective.still_at_zero and self.kl_loss_coef == 0 and not self.has_entropy_bonus
 
     @property
     def kl_loss_coef(self) -> float:
@@ -175,6 +177,29 @@ class LossConfig:
     def needs_old_pass(self) -> bool:
         """Whether something is chosen from the old policy's numbers of the whole window."""
         return self.objective.needs_old or self.top_entropy_quantile < 1
+
+    def cautions(self) -> list[str]:
+        """Returns what is allowed but seldom meant, a sentence each."""
+        aggregation = AGGREGATIONS[str(self.aggregation)]
+        by_token = aggregation.per_token
+        cases = [
+            (
+                not aggregation.split_invariant,
+                f"model.loss.aggregation {self.aggregation!r} depends on how a rollout is split into "
+                "micro-batches; token_mean does not",
+            ),
+            (
+                self.ratio_level == "sequence" and by_token,
+                f"model.loss.ratio_level 'sequence' with aggregation {self.aggregation!r} weighs long "
+                "completions more; GSPO takes sequence_mean",
+            ),
+            (
+                self.ratio_level == "sequence_token" and self.objective.meant_per_token,
+                f"model.loss.ratio_level 'sequence_token' is not what {self.surrogate!r} was published with; "
+                "token is",
+            ),
+        ]
+        return [text for holds, text in cases if holds]
 
     def _check(self) -> None:
         tables = {
@@ -207,6 +232,7 @@ class LossConfig:
             ("kl_coef", self.kl_coef >= 0, ">= 0"),
             ("kl_in", self.kl_in in ("loss", "reward"), "loss or reward"),
             ("kl_estimator", not (self.kl_loss_coef and k1_alone), "k2, k3 or used with kl_bias_correction"),
+            ("kl_coef", self.kl_coef > 0 or self.adaptive_kl is None, "> 0 for adaptive_kl to act on"),
             ("top_entropy_quantile", 0 < self.top_entropy_quantile <= 1, "in (0, 1]"),
             ("cispo_weight_max", self.cispo_weight_max >= 1, ">= 1: it is absolute, not 1 + epsilon"),
             ("cov_frac", 0 < self.cov_frac <= 1, "in (0, 1]"),

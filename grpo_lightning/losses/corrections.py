@@ -67,6 +67,22 @@ class CorrectionConfig:
         return (0.0 if self.low is None else self.low, torch.inf if self.high is None else self.high)
 
 
+PRESETS: dict[str, tuple[CorrectionConfig, str]] = {
+    "tis": (CorrectionConfig(), "the default: no token counts more than twice"),
+    "trl": (CorrectionConfig(level="sequence", mode="mask", high=3.0), "what TRL 1.16 does"),
+    "icepop": (
+        CorrectionConfig(mode="mask", low=0.5, high=5.0),
+        "drops tokens that are far off (2510.18855)",
+    ),
+    "geometric": (
+        CorrectionConfig(level="geometric", mode="gate", low=0.999, high=1.001),
+        "drops completions that are off on average, whatever their length",
+    ),
+    "off": (CorrectionConfig(mode="off"), "trusts the engine"),
+}
+"""corrections with a name and when to use them; `configs/correction/` has an overlay for each"""
+
+
 def correction_weights(
     old: Tensor, batch: RolloutBatch, segments: Segments, config: CorrectionConfig
 ) -> tuple[Tensor, dict[str, Stat]]:

@@ -19,6 +19,7 @@ TOKEN_OR_SEQUENCE_TOKEN = ("token", "sequence_token")
     "ppo_clip",
     formula="-min(min(rho, dual_clip) A, clip(rho, 1 - clip_low, 1 + clip_high) A)",
     paper="2402.03300",
+    still_at_zero=True,
 )
 def ppo_clip(ratio: Tensor, advantages: Tensor, config: "LossConfig") -> Tensor:
     """Returns PPO's clipped objective; `dual_clip` bounds what a negative advantage can cost (1912.09729)."""
@@ -27,7 +28,7 @@ def ppo_clip(ratio: Tensor, advantages: Tensor, config: "LossConfig") -> Tensor:
     return -torch.minimum(free * advantages, ratio.clamp(1 - low, 1 + high) * advantages)
 
 
-@register_surrogate("reinforce", formula="-A l", paper="2504.02546")
+@register_surrogate("reinforce", formula="-A l", paper="2504.02546", still_at_zero=True)
 def reinforce(advantages: Tensor, logprobs: Tensor) -> Tensor:
     """Returns the plain policy gradient; no ratio, no clip."""
     return -advantages * logprobs
@@ -38,6 +39,8 @@ def reinforce(advantages: Tensor, logprobs: Tensor) -> Tensor:
     levels=TOKEN_OR_SEQUENCE_TOKEN,
     formula="-sg(clip(rho, cispo_weight_min, cispo_weight_max)) A l",
     paper="2506.13585",
+    still_at_zero=True,
+    meant_per_token=True,
 )
 def cispo(ratio: Tensor, advantages: Tensor, logprobs: Tensor, config: "LossConfig") -> Tensor:
     """Returns REINFORCE with a capped importance weight: every token keeps a gradient."""
@@ -50,6 +53,8 @@ def cispo(ratio: Tensor, advantages: Tensor, logprobs: Tensor, config: "LossConf
     levels=TOKEN_OR_SEQUENCE_TOKEN,
     formula="-A (4 / tau) sigmoid(tau (rho - 1)), tau = sapo_tau_pos if A > 0 else sapo_tau_neg",
     paper="2511.20347",
+    still_at_zero=True,
+    meant_per_token=True,
 )
 def sapo(ratio: Tensor, advantages: Tensor, config: "LossConfig") -> Tensor:
     """Returns a gate that closes smoothly on both sides instead of a clip."""
@@ -63,6 +68,7 @@ def sapo(ratio: Tensor, advantages: Tensor, config: "LossConfig") -> Tensor:
     formula="-sg(phi) A l, phi = exp(lambda + k u - lambda e^u), u = sum over the completion of d + log c",
     paper="2602.10693",
     folds_correction=True,
+    still_at_zero=True,
 )
 def vespo(
     log_ratio: Tensor,
@@ -97,6 +103,7 @@ def vespo_phi(
     levels=TOKEN,
     formula="-A exp(mean over the completion of e), e = d, clipped in log space where that is pessimistic",
     paper="2507.20673",
+    still_at_zero=True,
 )
 def gmpo(log_ratio: Tensor, advantages: Tensor, segments: Segments, config: "LossConfig") -> Tensor:
     """Returns the geometric mean of token ratios, each clipped in log space."""
@@ -116,6 +123,7 @@ def _dppo(keep: Tensor, ratio: Tensor, advantages: Tensor, logprobs: Tensor, con
     formula="-sg(min(rho, dppo_weight_max) keep) A l, keep: p moved by at most dppo_low / dppo_high",
     paper="2602.04879",
     required=("dppo_low", "dppo_high"),
+    still_at_zero=True,
 )
 def dppo_tv(
     ratio: Tensor, advantages: Tensor, logprobs: Tensor, old_logprobs: Tensor, config: "LossConfig"
@@ -139,6 +147,7 @@ def dppo_tv_keep(advantages: Tensor, logprobs: Tensor, old_logprobs: Tensor, con
     formula="as dppo_tv with the binary KL divergence in place of the total variation",
     paper="2602.04879",
     required=("dppo_low", "dppo_high"),
+    still_at_zero=True,
 )
 def dppo_kl(
     ratio: Tensor, advantages: Tensor, logprobs: Tensor, old_logprobs: Tensor, config: "LossConfig"
@@ -167,6 +176,7 @@ def dppo_kl_keep(advantages: Tensor, logprobs: Tensor, old_logprobs: Tensor, con
     paper="2505.22617",
     needs_old=True,
     picks_at_random=True,
+    still_at_zero=True,
 )
 def clip_cov(ratio: Tensor, advantages: Tensor, selected: Tensor, config: "LossConfig") -> Tensor:
     """Returns PPO's objective, 0 on the selected tokens."""
@@ -201,6 +211,7 @@ def dro(log_ratio: Tensor, advantages: Tensor, logprobs: Tensor, config: "LossCo
     levels=TOKEN,
     formula="f ppo_clip, f = clip(exp F, 1, 1 + fipo_range), F = discounted sum of the d that follow",
     paper="2603.19835",
+    still_at_zero=True,
 )
 def fipo(
     ratio: Tensor, log_ratio: Tensor, advantages: Tensor, segments: Segments, config: "LossConfig"

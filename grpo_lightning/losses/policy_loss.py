@@ -31,6 +31,7 @@ def policy_loss(
     config: LossConfig,
     entropy: Tensor | None = None,
     *,
+    kl_coef: float | None = None,
     entropy_coef: float | None = None,
 ) -> LossOutput:
     """Returns sum_n w_n (c_n l_n + kl_coef KL_n) - entropy_coef mean_window(H), and its statistics.
@@ -43,7 +44,8 @@ def policy_loss(
         batch: one micro-batch. Where `old_logprobs` is None the ratio is 1 with the gradient of `logprobs`.
         config: the recipe.
         entropy: [N] in nats, of the same forward; needed for an entropy bonus.
-        entropy_coef: in place of the config's, where it is adapted from step to step.
+        kl_coef: in place of the config's, where it is adapted from step to step.
+        entropy_coef: the same for the entropy bonus.
 
     Raises:
         ValueError: the batch lacks what the config needs: `ref_logprobs`, an entropy, a selection.
@@ -81,10 +83,10 @@ def policy_loss(
         loss = (weights * factor * objective).sum()
     stats |= clip_stats(ratio.detach(), advantages, segments, config)
     stats |= objective_stats(inputs, segments, config)
-    if config.kl_loss_coef:
-        kl = _kl(logprobs, batch, config, ratio)
-        loss = loss + config.kl_loss_coef * (weights * kl).sum()
+    if config.kl_coef and (kl := _kl(logprobs, batch, config, ratio)) is not None:
         stats["kl"] = mean(kl.sum(), kl.numel())
+        if config.kl_in == "loss":
+            loss = loss + (config.kl_coef if kl_coef is None else kl_coef) * (weights * kl).sum()
     loss, more = _with_entropy(loss, entropy, coefficient, batch)
     return LossOutput(loss, stats | more | {"loss": extreme("sum", loss)})
 
@@ -111,8 +113,11 @@ def _keep(
     return keep, stats
 
 
-def _kl(logprobs: Tensor, batch: RolloutBatch, config: LossConfig, ratio: Tensor) -> Tensor:
+def _kl(logprobs: Tensor, batch: RolloutBatch, config: LossConfig, ratio: Tensor) -> Tensor | None:
+    """Returns the estimate [N] of the divergence; None if it is neither in the loss nor known."""
     if batch.ref_logprobs is None:
+        if config.kl_in == "reward":
+            return None
         raise ValueError(f"kl_coef is {config.kl_coef} but the batch carries no ref_logprobs")
     x = (batch.ref_logprobs - logprobs).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
     estimator = KL_ESTIMATORS[str(config.kl_estimator)]

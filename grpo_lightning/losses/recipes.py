@@ -17,6 +17,9 @@ class Recipe:
     """groups without variance leave the rollout before anything is counted"""
     paper: str = ""
     note: str = ""
+    """when to take it"""
+    differs: str = ""
+    """from the paper"""
 
 
 RECIPES: dict[str, Recipe] = {
@@ -25,11 +28,13 @@ RECIPES: dict[str, Recipe] = {
         aggregation="sequence_mean",
         paper="2402.03300",
         note="the original: every completion weighs the same, so tokens of long completions weigh less",
+        differs="no KL term unless kl_coef is set (0.04 there); KL with bias correction",
     ),
     "bnpo": Recipe(
         surrogate="ppo_clip",
         aggregation="microbatch_token_mean",
         note="mean over the tokens of the local micro-batch, as TRL defines it; depends on the packing",
+        differs="only the name is that of a paper (2506.02864): it is TRL's local token mean",
     ),
     "dr_grpo": Recipe(
         surrogate="ppo_clip",
@@ -44,6 +49,7 @@ RECIPES: dict[str, Recipe] = {
         defaults={"clip_high": 0.28},
         paper="2503.14476",
         note="every token weighs the same; more room upwards than downwards",
+        differs="groups are dropped with zero_variance_groups, not refilled; overlong shaping is a reward",
     ),
     "gspo": Recipe(
         surrogate="ppo_clip",
@@ -74,6 +80,7 @@ RECIPES: dict[str, Recipe] = {
         aggregation="token_mean",
         paper="2506.13585",
         note="caps the weight instead of clipping the gradient; rare tokens keep learning",
+        differs="cap absolute at 5, as in TRL, Unsloth and Liger; no lower bound",
     ),
     "scalerl": Recipe(
         surrogate="cispo",
@@ -82,6 +89,7 @@ RECIPES: dict[str, Recipe] = {
         drops_dead_groups=True,
         paper="2510.13786",
         note="cispo with every prompt weighing the same",
+        differs="loss, advantage and the dropping of groups; nothing of its pipeline",
     ),
     "sapo": Recipe(
         surrogate="sapo",
@@ -94,6 +102,7 @@ RECIPES: dict[str, Recipe] = {
         aggregation="token_mean",
         paper="2602.10693",
         note="a smooth weight of the completion's whole ratio; for stale rollouts",
+        differs="a sampler correction is folded into the weight, as TRL does",
     ),
     "gmpo": Recipe(
         surrogate="gmpo",
@@ -107,6 +116,7 @@ RECIPES: dict[str, Recipe] = {
         advantage="gpg",
         paper="2504.02546",
         note="no ratio at all; scaled up by the share of groups with signal",
+        differs="the scale counts groups without variance, not zero rewards: a shift changes nothing",
     ),
     "rloo": Recipe(
         surrogate="reinforce",
@@ -115,6 +125,7 @@ RECIPES: dict[str, Recipe] = {
         defaults={"kl_in": "reward"},
         paper="2402.14740",
         note="REINFORCE with the other completions as baseline",
+        differs="REINFORCE form: no ratio of the whole completion",
     ),
     "reinforce_pp": Recipe(
         surrogate="ppo_clip",
@@ -123,6 +134,7 @@ RECIPES: dict[str, Recipe] = {
         defaults={"kl_estimator": "k2"},
         paper="2501.03262",
         note="advantages whitened over all tokens of the rollout",
+        differs="the baseline variant: rewards are centred in their group first",
     ),
     "maxrl": Recipe(
         surrogate="ppo_clip",
@@ -131,6 +143,7 @@ RECIPES: dict[str, Recipe] = {
         defaults={"clip_high": 0.28},
         paper="2602.02710",
         note="divides by the group's mean: rare successes count most; rewards >= 0",
+        differs="the paper fixes the advantage alone; the surrogate is dapo's",
     ),
     "gdpo": Recipe(
         surrogate="ppo_clip",
@@ -145,6 +158,7 @@ RECIPES: dict[str, Recipe] = {
         advantage="pass_at_k",
         paper="2503.19595",
         note="only the best completion of a group learns",
+        differs="the advantage alone, on dapo's surrogate without the wider clip",
     ),
     "dppo_tv": Recipe(
         surrogate="dppo_tv",
@@ -152,24 +166,28 @@ RECIPES: dict[str, Recipe] = {
         defaults={"dppo_low": 0.2, "dppo_high": 0.2},
         paper="2602.04879",
         note="trust region on the probability itself, not on the ratio",
+        differs="thresholds of 0.2 are ours; weights capped at 20",
     ),
     "dppo_kl": Recipe(
         surrogate="dppo_kl",
         aggregation="token_mean",
         paper="2602.04879",
         note="as dppo_tv, in KL; dppo_low and dppo_high must be given",
+        differs="weights capped at 20",
     ),
     "clip_cov": Recipe(
         surrogate="clip_cov",
         aggregation="token_mean",
         paper="2505.22617",
         note="keeps entropy up by silencing a few tokens of high covariance",
+        differs="tokens are selected once per optimizer step, on the old policy: no split changes them",
     ),
     "kl_cov": Recipe(
         surrogate="kl_cov",
         aggregation="token_mean",
         paper="2505.22617",
         note="keeps entropy up by holding back the tokens of highest covariance",
+        differs="tokens are selected once per optimizer step, on the old policy: no split changes them",
     ),
     "fipo": Recipe(
         surrogate="fipo",
@@ -181,6 +199,7 @@ RECIPES: dict[str, Recipe] = {
         surrogate="dro",
         aggregation="token_mean",
         note="quadratic pull to the old policy, as in verl; dro_coef must be given",
+        differs="verl's form: the advantage is the group's, no value function",
     ),
     "real": Recipe(
         surrogate="real",

@@ -39,6 +39,10 @@ class Surrogate:
     """options that have no sensible default"""
     folds_correction: bool = False
     """multiplies the sampler correction itself"""
+    still_at_zero: bool = False
+    """has no gradient where the advantage is 0, so that groups without signal need not run"""
+    meant_per_token: bool = False
+    """published with the token's own ratio"""
     whole_groups: bool = False
     """returns one number for all groups, which must not be cut; divided by the window's two-class groups"""
     needs_old: bool = False

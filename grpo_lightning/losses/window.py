@@ -37,7 +37,7 @@ def choose_tokens(
     if config.objective.needs_old:
         fields["selected"] = _select(parts, config, seed + parts[0].policy_version, gather, rank)
     if config.top_entropy_quantile < 1:
-        entropies = torch.cat([_given(p.old_entropies) for p in parts])
+        entropies = torch.cat([given(p.old_entropies) for p in parts])
         everything = torch.cat(gather(entropies))
         keep = entropies >= quantile(everything, 1 - config.top_entropy_quantile)
         totals = replace(totals, entropy_tokens=sum(gather(int(keep.sum()))))
@@ -51,10 +51,11 @@ def choose_tokens(
 
 def reference_gap(batch: RolloutBatch) -> Tensor:
     """Returns the sum over each completion [S] of old minus reference log-probability, in nats (k1)."""
-    return Segments.of(batch).sum(_given(batch.old_logprobs) - _given(batch.ref_logprobs))
+    return Segments.of(batch).sum(given(batch.old_logprobs) - given(batch.ref_logprobs))
 
 
-def _given(x: Tensor | None) -> Tensor:
+def given(x: Tensor | None) -> Tensor:
+    """Returns `x`, which the pass without gradient has to have left."""
     if x is None:
         raise ValueError("the window was not scored by the old policy")
     return x
@@ -65,7 +66,7 @@ def _select(
 ) -> Tensor:
     """Returns the tokens [N] of this rank that clip_cov or kl_cov selects, by covariance of A and l_old."""
     advantages = torch.cat([p.advantages[p.sequence_ids] for p in parts]).double()
-    old = torch.cat([_given(p.old_logprobs) for p in parts]).double()
+    old = torch.cat([given(p.old_logprobs) for p in parts]).double()
     sums = torch.stack([advantages.sum(), old.sum(), torch.tensor(float(len(old)), dtype=torch.float64)])
     counts = gather(sums)
     mean_a, mean_l, total = torch.stack(counts).sum(0)

@@ -54,8 +54,7 @@ def fused_linear_logprobs(
     """
     if temperature <= 0:
         raise ValueError(f"temperature is {temperature}; log-probabilities need one above 0")
-    rows = chunk_rows or max(CHUNK_BYTES // (4 * weight.shape[0]), 1)
-    head = _Head(temperature, softcap, logit_scale, rows)
+    head = Head(temperature, softcap, logit_scale, chunk_rows, weight.shape[0])
     grad = torch.is_grad_enabled()
     wants_hidden = grad and hidden.requires_grad
     wants_head = grad and (weight.requires_grad or (bias is not None and bias.requires_grad))
@@ -69,16 +68,21 @@ def fused_linear_logprobs(
     return logp, entropy if entropy_grad else entropy.detach()
 
 
-class _Head:
-    """The constants of one call."""
+class Head:
+    """The constants of one call: how logits are made of hidden states, and how many rows at one time."""
 
     __slots__ = ("chunk_rows", "logit_scale", "softcap", "temperature")
 
     def __init__(
-        self, temperature: float, softcap: float | None, logit_scale: float, chunk_rows: int
+        self,
+        temperature: float,
+        softcap: float | None,
+        logit_scale: float,
+        chunk_rows: int | None,
+        vocabulary: int,
     ) -> None:
         self.temperature, self.softcap, self.logit_scale = temperature, softcap, logit_scale
-        self.chunk_rows = chunk_rows
+        self.chunk_rows = chunk_rows or max(CHUNK_BYTES // (4 * vocabulary), 1)
 
     def logits(self, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Returns z [C, V] in fp32 (fp64 for fp64 inputs), and dz/d(hidden @ W^T) if not constant."""
@@ -135,7 +139,7 @@ def _logit_grad(
 
 
 def _values(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor, head: _Head
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor, head: Head
 ) -> tuple[Tensor, Tensor]:
     n = hidden.shape[0]
     dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
@@ -146,7 +150,7 @@ def _values(
     return logp, entropy
 
 
-def _to_raw(dz: Tensor, slope: Tensor | None, head: _Head) -> Tensor:
+def _to_raw(dz: Tensor, slope: Tensor | None, head: Head) -> Tensor:
     """Returns the gradient at hidden @ weight.T from that at the tempered logits."""
     return dz.mul_(slope) if slope is not None else dz.mul_(head.logit_scale / head.temperature)
 
@@ -159,7 +163,7 @@ class _FrozenHead(torch.autograd.Function):
         weight: Tensor,
         bias: Tensor | None,
         ids: Tensor,
-        head: _Head,
+        head: Head,
         entropy_grad: bool,
     ) -> tuple[Tensor, Tensor]:
         n = hidden.shape[0]
@@ -191,7 +195,7 @@ class _FrozenHead(torch.autograd.Function):
 class _TrainableHead(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor, head: _Head
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor, head: Head
     ) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(hidden, weight, bias, ids)
         ctx.head = head
@@ -202,7 +206,7 @@ class _TrainableHead(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, g: Tensor | None, e: Tensor | None) -> tuple[Tensor | None, ...]:
         hidden, weight, bias, ids = ctx.saved_tensors
-        head: _Head = ctx.head
+        head: Head = ctx.head
         wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
         dh = torch.zeros_like(hidden)
         dw = torch.zeros_like(weight, dtype=wide)

@@ -103,18 +103,7 @@ class Collector:
             all_sum=all_sum,
         )
         advantages = adv.compute_advantages(self.advantage, rewards, clip=self.advantage_clip)
-        flat = [c for group in completions for c in group]
-        batch = RolloutBatch.pack(
-            prompt_ids=prompts.prompt_ids,
-            completions=flat,
-            group_ids=group_ids.tolist(),
-            advantages=advantages,
-            rewards=rewards.total,
-            max_tokens=self.sampling.max_tokens,
-            temperature=self.sampling.temperature,
-            policy_version=policy_version,
-            mask_truncated=self.mask_truncated,
-        )
+        batch = self._packed(prompts, completions, rewards, advantages, policy_version)
         stats = {
             **length_stats(completions, self.num_generations * sum(map(len, prompts.prompt_ids))),
             **reward_stats(scores.names, by_function, rewards.total, group_ids, len(requests)),
@@ -129,6 +118,30 @@ class Collector:
             samples=_samples(prompts, texts, scores, rewards.total, advantages, self.num_generations),
             scores=scores,
             rewards=rewards,
+        )
+
+    def _packed(
+        self,
+        prompts: PromptBatch,
+        completions: Sequence[Sequence[Completion]],
+        rewards: adv.RewardTable,
+        advantages: Tensor,
+        policy_version: int,
+    ) -> RolloutBatch:
+        flat, truncation = [c for group in completions for c in group], self.sampling.truncation
+        if self.sampling.distorted_by:  # the engine's log-probabilities are not those of a policy
+            flat, truncation = [replace(c, logprobs=None) for c in flat], None
+        return RolloutBatch.pack(
+            prompt_ids=prompts.prompt_ids,
+            completions=flat,
+            group_ids=rewards.group_ids.tolist(),
+            advantages=advantages,
+            rewards=rewards.total,
+            max_tokens=self.sampling.max_tokens,
+            temperature=self.sampling.temperature,
+            policy_version=policy_version,
+            truncation=truncation,
+            mask_truncated=self.mask_truncated,
         )
 
     def penalised(self, rollout: Rollout, penalty: Tensor) -> RolloutBatch:

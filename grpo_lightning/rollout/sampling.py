@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from grpo_lightning.ops.kept import truncate
 from grpo_lightning.samples import SamplingParams
 
 _MASK = (1 << 64) - 1
@@ -41,24 +42,9 @@ def choose(
         ids = z.argmax(-1)
     else:
         z = z / sampling.temperature if sampling.temperature != 1.0 else z
-        z = _keep(z, sampling)
+        z = z if sampling.truncation is None else truncate(z, sampling.truncation)
         cumulative = z.softmax(-1).cumsum(-1, dtype=torch.float64)
         target = (u * cumulative[:, -1])[:, None]
         ids = torch.searchsorted(cumulative, target, right=True)[:, 0].clamp(max=z.shape[1] - 1)
     chosen = z.gather(1, ids[:, None])[:, 0]
     return ids, chosen - z.logsumexp(-1)
-
-
-def _keep(z: Tensor, sampling: SamplingParams) -> Tensor:
-    """Returns tempered logits with -inf outside the kept set: min_p, then top_k, then top_p."""
-    if sampling.min_p:
-        floor = z.max(-1, keepdim=True).values + torch.log(torch.tensor(sampling.min_p))
-        z = z.masked_fill(z < floor, -torch.inf)
-    if 0 < sampling.top_k < z.shape[1]:
-        z = z.masked_fill(z < z.topk(sampling.top_k, -1).values[:, -1:], -torch.inf)
-    if sampling.top_p < 1:
-        ordered, order = z.sort(-1, descending=True)
-        before = ordered.softmax(-1).cumsum(-1) - ordered.softmax(-1)
-        drop = torch.zeros_like(z, dtype=torch.bool).scatter(1, order, before >= sampling.top_p)
-        z = z.masked_fill(drop, -torch.inf)
-    return z

@@ -48,10 +48,10 @@ def test_packed_equals_padded(dtype, tolerance):
     policy = Policy(tiny_llama().to("cuda", dtype), tiny_tokenizer())
     b = random_rollout(prompts=4, group=6, longest=30).to("cuda")
     with torch.no_grad():
-        packed, _ = policy.logprobs(b)
+        packed = policy.logprobs(b).logprobs
         policy.padded_reason = "test"
         policy._set_attention("sdpa")
-        padded, _ = policy.logprobs(b)
+        padded = policy.logprobs(b).logprobs
     torch.testing.assert_close(packed, padded, atol=tolerance, rtol=0)
 
 

@@ -273,9 +273,10 @@ def test_every_shipped_config_parses(path, tmp_path):
 
 def test_every_overlay_parses_on_top_of_the_quickstart(tmp_path):
     """One process for all, since starting one takes seconds; what each means is tested in test_docs.py."""
-    overlays = sorted((ROOT / "configs" / "loss").glob("*.yaml"))
+    corrections = sorted((ROOT / "configs" / "correction").glob("*.yaml"))
+    overlays = corrections + sorted((ROOT / "configs" / "loss").glob("*.yaml"))
     shown = printed(tmp_path, "configs/quickstart.yaml", *overlays)
-    assert len(overlays) >= 25
+    assert len(overlays) >= 30
     assert shown["model"]["loss"]["name"] == overlays[-1].stem
 
 
@@ -296,7 +297,8 @@ def test_every_place_that_options_name_exists(base, tmp_path):
     from grpo_lightning.options import NOT_YET, WHERE
 
     put(base, "rollout.engine", {"class_path": "grpo_lightning.rollout.VLLMEngine"})
-    put(base, "model.loss", {"adaptive_entropy": {"target": 0.2}})
+    put(base, "model.loss", {"adaptive_entropy": {"target": 0.2}, "kl_coef": 0.1})
+    put(base, "model.reference", {"ema_alpha": 0.6})
     shown = yaml.safe_load(call(base, tmp_path, "--print_config")[1])
     shown["model"]["lora"] = dict.fromkeys(("r", "lora_alpha", "lora_dropout", "target_modules", "bias"))
     shown["model"]["optimizer"].setdefault("init_args", {})

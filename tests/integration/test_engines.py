@@ -50,7 +50,7 @@ def test_sampler_logprobs_are_the_policys(temperature):
         temperature=temperature,
     )
     with torch.no_grad():
-        logp, _ = policy.logprobs(b)
+        logp = policy.logprobs(b).logprobs
     assert len(logp) == sum(len(c.token_ids) for c in flat)
     torch.testing.assert_close(logp, b.sampler_logprobs, atol=1e-5, rtol=0)
 

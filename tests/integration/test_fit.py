@@ -1,100 +1,17 @@
 """Whole runs of the Trainer on a tiny model: learning, splits, resume, validation."""
 
 from dataclasses import replace
-from pathlib import Path
 
-import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
-from lightning.pytorch.loggers import CSVLogger
-from models import save_tiny
+from runs import ROWS, data, module, rollout, rows_of, same_bits, sgd, trainer, vowels, weights
 
-from grpo_lightning import GRPOModule, PromptDataModule, RolloutCallback, SamplingParams
-from grpo_lightning.callbacks import AdapterCheckpointIO, RunReport, SampleTable, ValidationConfig
+from grpo_lightning import PromptDataModule, SamplingParams
+from grpo_lightning.callbacks import RunReport, SampleTable, ValidationConfig
 from grpo_lightning.errors import ConfigError, EngineError
 from grpo_lightning.losses import RECIPES, AdaptiveEntropy, LossConfig
 from grpo_lightning.rollout import HFEngine, ReplayEngine
-
-
-@pytest.fixture(scope="session")
-def model_folder(tmp_path_factory):
-    return save_tiny(tmp_path_factory.mktemp("tiny"))
-
-
-def vowels(completions, **_):
-    """More vowels are better; a signal a random model can follow."""
-    return [sum(c in "aeiou" for c in text) / 8 for text in completions]
-
-
-def long(completions, **_):
-    return [len(text) / 8 for text in completions]
-
-
-ROWS = [{"prompt": f"say {i}", "answer": str(i)} for i in range(12)]
-
-
-def module(folder, **changes):
-    settings = {
-        "lora": {"r": 4, "lora_alpha": 8},
-        "optimizer": lambda params: torch.optim.AdamW(params, lr=1e-2, weight_decay=0.0),
-        "gradient_checkpointing": False,
-        "loss": LossConfig("dapo"),
-    }
-    torch.manual_seed(0)
-    return GRPOModule(folder, **{**settings, **changes})
-
-
-def sgd(params):
-    """Adam turns rounding into whole steps where a gradient is nearly 0; SGD shows gradients as they are."""
-    return torch.optim.SGD(params, lr=0.5)
-
-
-def rollout(**changes):
-    settings = {
-        "reward_funcs": [vowels],
-        "num_generations": 4,
-        "sampling": SamplingParams(max_tokens=8),
-        "seed": 3,
-    }
-    return RolloutCallback(**{**settings, **changes})
-
-
-def data(**changes):
-    return PromptDataModule(ROWS, **{"prompts_per_rollout": 4, "seed": 5, **changes})
-
-
-def trainer(root: Path, *callbacks, **changes):
-    settings = {
-        "max_steps": 3,
-        "accelerator": "cpu",
-        "devices": 1,
-        "logger": CSVLogger(root, name="logs", version=0),
-        "default_root_dir": root,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-        "enable_checkpointing": any(isinstance(c, ModelCheckpoint) for c in callbacks),
-        "num_sanity_val_steps": 0,
-        "log_every_n_steps": 1,
-        "callbacks": list(callbacks),
-        "plugins": [AdapterCheckpointIO()],
-    }
-    return pl.Trainer(**{**settings, **changes})
-
-
-def weights(m) -> dict[str, torch.Tensor]:
-    return {n: p.detach().clone() for n, p in m.policy.trainable().items()}
-
-
-def rows_of(root: Path) -> list[dict[str, str]]:
-    import csv
-
-    with (root / "logs" / "version_0" / "metrics.csv").open() as f:
-        return list(csv.DictReader(f))
-
-
-def same_bits(a, b):
-    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
 def test_reward_rises_and_metrics_have_trls_names(model_folder, tmp_path):
@@ -384,7 +301,7 @@ def test_dead_groups_are_skipped_without_changing_the_step(model_folder, tmp_pat
     results = []
     for skip in (True, False):
         if not skip:
-            monkeypatch.setattr(RolloutBatch, "without_dead_groups", lambda self: self)
+            monkeypatch.setattr(RolloutBatch, "dead_groups", lambda self: set())
         m = module(model_folder)
         trainer(tmp_path / str(skip), rollout(reward_funcs=[sparse]), max_steps=2).fit(m, data())
         results.append(weights(m))
@@ -541,9 +458,9 @@ def test_kl_in_the_reward_lowers_what_left_the_reference(model_folder, tmp_path)
 
         b = random_rollout(seed=8)
         with torch.no_grad():
-            on, _ = m.policy.logprobs(b)
+            on = m.policy.logprobs(b).logprobs
             with m.policy.reference():
-                off, _ = m.policy.logprobs(b)
+                off = m.policy.logprobs(b).logprobs
         gaps[coef] = (on - off).abs().mean().item()
     assert gaps[5.0] < gaps[0.0] * 0.95
 

@@ -67,7 +67,7 @@ def tiny_variant(kind):
 def test_packed_equals_one_by_one(seed):
     policy, b = lora_policy(seed=seed), random_rollout(seed=seed)
     with torch.no_grad():
-        got, _ = policy.logprobs(b)
+        got = policy.logprobs(b).logprobs
     torch.testing.assert_close(got, one_by_one(policy, b), atol=1e-5, rtol=0)
 
 
@@ -76,7 +76,7 @@ def test_architectures(kind):
     policy, b = Policy(tiny_variant(kind), tiny_tokenizer()), random_rollout()
     policy.check_head()
     with torch.no_grad():
-        got, _ = policy.logprobs(b)
+        got = policy.logprobs(b).logprobs
     assert (policy.padded_reason is not None) == (kind == "gemma2")
     torch.testing.assert_close(got, one_by_one(policy, b), atol=1e-5, rtol=0)
 
@@ -127,7 +127,7 @@ def test_gradients_equal_those_of_the_padded_forward(checkpointing):
         if padded:
             policy.padded_reason = "test"
             policy._set_attention("sdpa")
-        logp, entropy = policy.logprobs(b, entropy_grad=True)
+        logp, entropy, _ = policy.logprobs(b, entropy_grad=True)
         (logp * torch.arange(len(logp)) + entropy).sum().backward()
         grads.append({n: p.grad for n, p in policy.trainable().items()})
     for name, grad in grads[0].items():
@@ -148,11 +148,11 @@ def test_generating_restores_what_it_changes():
 def test_reference_is_the_adapter_switched_off():
     policy, b = lora_policy(), random_rollout()
     with torch.no_grad():
-        on, _ = policy.logprobs(b)
+        on = policy.logprobs(b).logprobs
         with policy.reference():
-            off, _ = policy.logprobs(b)
-        again, _ = policy.logprobs(b)
-        plain, _ = Policy(tiny_llama(), tiny_tokenizer()).logprobs(b)
+            off = policy.logprobs(b).logprobs
+        again = policy.logprobs(b).logprobs
+        plain = Policy(tiny_llama(), tiny_tokenizer()).logprobs(b).logprobs
     assert (on - off).abs().max() > 0.01
     assert torch.equal(on, again)
     torch.testing.assert_close(off, plain, atol=1e-6, rtol=0)
@@ -162,12 +162,12 @@ def test_reference_is_the_adapter_switched_off():
 def test_reference_of_full_weights_is_a_frozen_copy():
     policy, b = Policy(tiny_llama(), tiny_tokenizer(), keep_reference=True), random_rollout()
     with torch.no_grad():
-        before, _ = policy.logprobs(b)
+        before = policy.logprobs(b).logprobs
         for p in policy.trainable().values():
             p.add_(0.01)
-        after, _ = policy.logprobs(b)
+        after = policy.logprobs(b).logprobs
         with policy.reference():
-            reference, _ = policy.logprobs(b)
+            reference = policy.logprobs(b).logprobs
     assert torch.equal(reference, before)
     assert not torch.equal(after, before)
     assert not any("frozen" in name for name in policy.trainable())
@@ -180,7 +180,7 @@ def test_reference_of_full_weights_is_a_frozen_copy():
 
 def test_full_weights_train_the_tied_head():
     policy, b = Policy(tiny_llama(), tiny_tokenizer()), random_rollout()
-    logp, _ = policy.logprobs(b)
+    logp = policy.logprobs(b).logprobs
     logp.sum().backward()
     packed = policy.causal.get_output_embeddings().weight.grad.clone()
     policy.zero_grad()
@@ -201,14 +201,14 @@ def test_lora_masters_stay_fp32_in_a_bf16_model():
     for name, p in policy.trainable().items():
         assert p.dtype == torch.float32
         assert torch.equal(p, exact[name])
-    logp, _ = policy.logprobs(random_rollout())
+    logp = policy.logprobs(random_rollout()).logprobs
     logp.sum().backward()
     assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in policy.trainable().values())
 
 
 def test_an_empty_micro_batch_reaches_every_parameter():
     policy = lora_policy()
-    logp, _ = policy.logprobs(random_rollout().take([]))
+    logp = policy.logprobs(random_rollout().take([])).logprobs
     logp.sum().backward()
     assert all(p.grad is not None and not p.grad.any() for p in policy.trainable().values())
 

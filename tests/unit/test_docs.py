@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from grpo_lightning.losses import RECIPES, LossConfig
+from grpo_lightning.losses import RECIPES, CorrectionConfig, LossConfig
+from grpo_lightning.losses.corrections import PRESETS
 
 ROOT = Path(__file__).parents[2]
 
@@ -29,6 +30,13 @@ def test_every_recipe_has_an_overlay_and_a_reason():
         assert overlay["model"]["loss"]["name"] == name
         assert LossConfig(**overlay["model"]["loss"]).resolve().surrogate == RECIPES[name].surrogate
         assert RECIPES[name].note
+
+
+def test_every_correction_with_a_name_has_an_overlay():
+    overlays = {p.stem: yaml.safe_load(p.read_text()) for p in (ROOT / "configs/correction").glob("*.yaml")}
+    assert {n: CorrectionConfig(**o["model"]["loss"]["correction"]) for n, o in overlays.items()} == {
+        name: config for name, (config, _) in PRESETS.items()
+    }
 
 
 @pytest.mark.parametrize("name", ["ppo_clip", "sapo"])

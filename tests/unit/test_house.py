@@ -14,10 +14,10 @@ FLOORS = [  # from the ground up; a module may import its own floor's neighbours
     ("errors", "packing", "samples", "batch", "stats", "importing", "options", "_lazy"),
     ("losses", "advantages"),
     ("ops",),
-    ("models", "layouts", "policy", "loading", "data", "rewards", "rollout.engine", "rollout.sampling",
-     "rollout.hf", "rollout.vllm", "rollout.recording", "schedulers"),
+    ("models", "layouts", "reference", "lora", "policy", "loading", "data", "rewards", "rollout.engine",
+     "rollout.sampling", "rollout.hf", "rollout.vllm", "rollout.recording", "schedulers"),
     ("metrics", "rollout.collect", "rollout"),
-    ("module", "callbacks"),
+    ("module", "checkpoint", "callbacks"),
     ("cli", "__main__"),
 ]  # fmt: skip
 

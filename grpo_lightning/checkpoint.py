@@ -1,0 +1,73 @@
+"""What a checkpoint holds besides Lightning's own state: what trains, and what it belongs to."""
+
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from grpo_lightning.errors import ConfigError
+from grpo_lightning.lora import lora_identity
+
+if TYPE_CHECKING:
+    from grpo_lightning.module import GRPOModule
+
+FORMAT = 2
+
+
+def save(module: "GRPOModule", checkpoint: dict[str, Any]) -> None:
+    """Keeps what trains, and says what it belongs to."""
+    trained = {f"policy.{name}" for name in module.policy.trainable()}
+    checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in trained}
+    ours = checkpoint.setdefault("grpo_lightning", {})
+    ours.update(
+        {
+            **_identity(module),
+            "coefficients": module.coefficients.state_dict(),
+            "reference": _reference_weights(module),
+        }
+    )
+    if module.policy.is_lora:
+        ours["adapter_config"] = module.policy.adapter_config()
+
+
+def load(module: "GRPOModule", checkpoint: dict[str, Any]) -> None:
+    """Takes over what `save` kept; refuses a checkpoint of another model or adapter, naming what differs."""
+    theirs = checkpoint.get("grpo_lightning")
+    if theirs is None:
+        raise ConfigError("--ckpt_path: not a checkpoint of GRPOModule")
+    for key, value in _identity(module).items():
+        if theirs.get(key) != value:
+            raise ConfigError(
+                f"--ckpt_path: {key} is {theirs.get(key)!r} in the checkpoint and {value!r} in this run; "
+                "set it as in the checkpoint"
+            )
+    module.coefficients.load_state_dict(theirs["coefficients"])
+    module.configure_model()
+    trained = {f"policy.{name}" for name in module.policy.trainable()}
+    if missing := trained ^ set(checkpoint["state_dict"]):
+        raise ConfigError(
+            f"--ckpt_path: weights do not match, e.g. {sorted(missing)[0]}; same model and lora?"
+        )
+    for name, w in (_reference_weights(module) or {}).items():
+        if not theirs["reference"]:
+            raise ConfigError(
+                "--ckpt_path: the checkpoint holds no reference policy; set model.loss.kl_coef as it was: 0"
+            )
+        w.copy_(theirs["reference"][name])
+
+
+def _reference_weights(module: "GRPOModule") -> dict[str, Tensor] | None:
+    """Returns the reference's weights where loading the model again would not give them."""
+    copy = module.policy.reference_copy
+    if copy is None or (module.lora is None and module.reference is None):
+        return None
+    return copy.weights
+
+
+def _identity(module: "GRPOModule") -> dict[str, Any]:
+    return {
+        "format": FORMAT,
+        "model.model_name": module.model_name,
+        "model.reference": None if module.reference is None else asdict(module.reference),
+        "model.lora": lora_identity(module.lora),
+    }

@@ -1,0 +1,82 @@
+"""The loss, its gradient and its statistics in one call over the [N] tokens of a micro-batch.
+
+A backend is a function that returns a `LossGrad`; what calls `policy_loss` does not see which one ran. The
+torch twin differentiates the tables of `losses/` as they are, so it holds for every row, a user's own too.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from grpo_lightning import losses
+from grpo_lightning.batch import RolloutBatch
+from grpo_lightning.losses import LossConfig, LossOutput
+from grpo_lightning.stats import Stat
+
+
+class LossGrad(NamedTuple):
+    """A micro-batch's share of the window's loss with its derivatives, none of them attached to a graph."""
+
+    loss: Tensor  # scalar
+    dlogprobs: Tensor  # [N] d loss / d logprobs, in 1 / nats
+    dentropy: Tensor | None  # [N] d loss / d entropy; None: the loss does not depend on it
+    stats: dict[str, Stat]
+
+
+def policy_loss_grad(
+    logprobs: Tensor,
+    batch: RolloutBatch,
+    config: LossConfig,
+    entropy: Tensor | None = None,
+    *,
+    kl_coef: float | None = None,
+    entropy_coef: float | None = None,
+) -> LossGrad:
+    """Returns loss, gradient and statistics; the torch twin. Arguments as in `losses.policy_loss`."""
+    with torch.enable_grad():
+        leaf = logprobs.detach().requires_grad_()
+        spread = None if entropy is None else entropy.detach().requires_grad_()
+        out = losses.policy_loss(leaf, batch, config, spread, kl_coef=kl_coef, entropy_coef=entropy_coef)
+        wanted = [leaf] if spread is None else [leaf, spread]
+        grads = torch.autograd.grad(out.loss, wanted, allow_unused=True)
+    dlogprobs = torch.zeros_like(leaf) if grads[0] is None else grads[0]
+    return LossGrad(out.loss.detach(), dlogprobs, grads[1] if len(grads) > 1 else None, out.stats)
+
+
+def policy_loss(
+    logprobs: Tensor,
+    batch: RolloutBatch,
+    config: LossConfig,
+    entropy: Tensor | None = None,
+    *,
+    kl_coef: float | None = None,
+    entropy_coef: float | None = None,
+) -> LossOutput:
+    """Returns the loss, attached to `logprobs` and `entropy` by the gradient that was computed with it.
+
+    Arguments and errors as in `losses.policy_loss`, which this equals in value, gradient and statistics.
+    """
+    out = policy_loss_grad(logprobs, batch, config, entropy, kl_coef=kl_coef, entropy_coef=entropy_coef)
+    loss = _Attached.apply(logprobs, entropy, out.loss, out.dlogprobs, out.dentropy)
+    return LossOutput(loss, out.stats)  # pyright: ignore[reportArgumentType]  # apply() is untyped
+
+
+class _Attached(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        logprobs: Tensor,
+        entropy: Tensor | None,
+        loss: Tensor,
+        dlogprobs: Tensor,
+        dentropy: Tensor | None,
+    ) -> Tensor:
+        ctx.save_for_backward(dlogprobs, dentropy)
+        return loss.clone()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        dlogprobs, dentropy = ctx.saved_tensors
+        return g * dlogprobs, None if dentropy is None else g * dentropy, None, None, None
