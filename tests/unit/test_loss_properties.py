@@ -205,7 +205,7 @@ def test_everything_masked_is_zero(name, level, mask):
 @pytest.mark.parametrize("field", ["old_logprobs", "ref_logprobs", "sampler_logprobs"])
 @pytest.mark.parametrize("gap", [100.0, -100.0, torch.inf, torch.nan])
 def test_far_numbers_stay_finite(name, level, field, gap):
-    """What an engine reports may be anything; our own log-probabilities are finite. In fp32, as in training."""
+    """In fp32, as in training. What an engine reports may be anything; our own numbers are finite."""
     if not torch.tensor(gap).isfinite() and field != "sampler_logprobs":
         return
     b, lp = Case(4).pack()
