@@ -1,5 +1,4 @@
-"""Run by test_ddp.py: one optimizer step (or more) on `ranks` CPU ranks; rank 0 saves gradient and
-metrics."""
+"""Run by test_ddp.py on `ranks` CPU ranks; rank 0 saves what each loss left."""
 
 import json
 import sys
@@ -8,22 +7,31 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-sys.path.insert(0, str(Path(__file__).parent))
 
-from test_fit import Gradients, LossConfig, ModelCheckpoint, data, module, rollout, trainer, weights
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from runs import data, long, module, rollout, sgd, trainer, vowels, weights
+
+from grpo_lightning.losses import LossConfig
 
 
-def main(
-    folder: str, out: str, ranks: int, k: int, name: str, steps: int, ckpt_path: str | None = None
-) -> None:
+class Gradients(Callback):
+    """Keeps the gradient of every optimizer step."""
+
+    def __init__(self):
+        self.found = []
+
+    def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+        self.found.append({n: p.grad.clone() for n, p in pl_module.policy.trainable().items()})
+
+
+def run(folder, root, ranks, k, loss, steps, ckpt_path=None):
+    """Returns gradients, metrics and weights after `steps` passes over rollouts used twice."""
     seen = Gradients()
-    loss, _, changes = name.partition(":")
-    m = module(folder, loss=LossConfig(loss, **json.loads(changes or "{}")))
-    root = Path(out)
+    m = module(folder, loss=LossConfig(**loss), optimizer=sgd)
     saver = ModelCheckpoint(root, filename="{step}", every_n_train_steps=1, save_top_k=-1)
     t = trainer(
         root,
-        rollout(num_generations=8),
+        rollout(num_generations=8, num_iterations=2, reward_funcs=[vowels, long]),
         seen,
         saver,
         max_steps=steps,
@@ -32,11 +40,15 @@ def main(
         strategy="ddp" if ranks > 1 else "auto",
     )
     t.fit(m, data(validation_split=3), ckpt_path=ckpt_path)
-    if t.is_global_zero:
-        metrics = {key: float(v) for key, v in t.callback_metrics.items()}
-        torch.save({"gradient": seen.found, "metrics": metrics, "weights": weights(m)}, root / "result.pt")
+    metrics = {key: float(v) for key, v in t.callback_metrics.items()}
+    return {"gradients": seen.found, "metrics": metrics, "weights": weights(m), "is_zero": t.is_global_zero}
 
 
 if __name__ == "__main__":
-    folder, out, ranks, k, name, steps, *rest = sys.argv[1:]
-    main(folder, out, int(ranks), int(k), name, int(steps), *rest)
+    folder, out, ranks, k, losses, steps, *rest = sys.argv[1:]
+    found = {
+        json.dumps(loss): run(folder, Path(out) / str(i), int(ranks), int(k), loss, int(steps), *rest)
+        for i, loss in enumerate(json.loads(losses))
+    }
+    if all(r.pop("is_zero") for r in found.values()):
+        torch.save(found, Path(out) / "result.pt")
