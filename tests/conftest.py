@@ -1,10 +1,13 @@
 """Makes `tests/*.py` importable, and keeps tiny models on one thread, where they are fastest."""
 
 import os
+import shutil
 import sys
 from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = "1"
+if shutil.which("nvidia-smi") is None:
+    os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is defined
 sys.path.insert(0, str(Path(__file__).parent))
 
 import pytest  # after the thread count, which torch reads on import

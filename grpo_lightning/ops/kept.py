@@ -4,12 +4,12 @@ An engine that samples from a kept set reports log-probabilities of the renormal
 compare with a full-vocabulary policy once the log of the kept mass is added.
 """
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from grpo_lightning.ops.logprobs import Head
+from grpo_lightning.ops import head as head_twin
+from grpo_lightning.ops.head import Head, rows_in_budget
+from grpo_lightning.ops.logprobs import Call, chunks, temperatures
 from grpo_lightning.samples import Truncation
 
 
@@ -56,12 +56,14 @@ def kept_logmass(
         logit_scale: as in `fused_linear_logprobs`.
         chunk_rows: rows whose logits exist at one time.
     """
-    head = Head(temperature, softcap, logit_scale, chunk_rows, weight.shape[0])
-    out = []
+    tau = temperatures(temperature, hidden)
+    rows = chunk_rows or rows_in_budget(hidden.shape[0], weight.shape[0], hidden.device)
+    call = Call(Head(softcap, logit_scale), rows, head_twin)
+    out = torch.empty_like(tau)
     with torch.autocast(hidden.device.type, enabled=False):
-        for c in head.chunks(hidden.shape[0]):
-            z, _ = head.logits(hidden[c], weight, bias)
-            own: Any = ids[c, None]
-            inside = truncate(z, kept).scatter(1, own, z.gather(1, own))
-            out.append((inside.logsumexp(1) - z.logsumexp(1)).clamp(max=0.0))
-    return torch.cat(out) if out else hidden.new_zeros(0, dtype=torch.float32)
+        for at, z, _ in chunks(hidden, weight, call):
+            x = call.head.tempered(z if bias is None else z.add_(bias), tau[at])
+            own = ids[at, None]
+            inside = truncate(x, kept).scatter(1, own, x.gather(1, own))
+            out[at] = (inside.logsumexp(1) - x.logsumexp(1)).clamp(max=0.0)
+    return out

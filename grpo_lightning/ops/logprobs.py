@@ -1,158 +1,127 @@
-"""Log-probabilities of chosen tokens straight from hidden states, chunk by chunk: no [N, V] tensor is ever
-made.
+"""Log-probabilities of chosen tokens straight from hidden states, chunk by chunk: no [N, V] tensor is made.
 
 With a frozen head the gradient of a log-probability with respect to its hidden row does not depend on the
 loss:
     u_n = d logp_n / d h_n = W^T (onehot(y_n) - softmax(z_n / tau)) / tau,
 so the forward builds U [N, H] while a chunk of logits is at hand, and the backward only scales its rows: two
-matrix
-multiplies for forward and backward, whatever the loss. A trainable head recomputes its chunks in the
+matrix multiplies for forward and backward, whatever the loss. A trainable head recomputes its chunks in the
 backward.
 """
 
+from collections.abc import Iterator
 from functools import reduce
-from typing import Any
+from types import ModuleType
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-CHUNK_BYTES = 64 << 20
-"""memory for the logits of one chunk"""
+from grpo_lightning.ops import head as torch_twin
+from grpo_lightning.ops.dispatch import use_triton
+from grpo_lightning.ops.head import Head, raw_logits, rows_in_budget
 
 
 def fused_linear_logprobs(
     hidden: Tensor,
     weight: Tensor,
     ids: Tensor,
-    temperature: float = 1.0,
+    temperature: float | Tensor = 1.0,
     *,
     bias: Tensor | None = None,
     softcap: float | None = None,
     logit_scale: float = 1.0,
     entropy_grad: bool = False,
     chunk_rows: int | None = None,
+    backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """Returns log-probabilities [N] and entropies [N] of softmax((hidden @ weight.T) / temperature), fp32, in
-    nats.
+    """Returns log-probabilities [N] and entropies [N] of softmax((hidden @ weight.T) / temperature).
 
-    Near-certain tokens keep their precision: logp = -softplus(logsumexp of the others - own logit).
+    Both in fp32 (fp64 for fp64 inputs), in nats; never above 0, never below 0.
 
     Args:
         hidden: [N, H].
         weight: [V, H], the LM head; trains if it requires grad.
         ids: [N] int64, the chosen tokens.
-        temperature: > 0, divides the logits.
+        temperature: > 0, divides the logits; a number, or [N].
         bias: [V] of the head.
         softcap: logits become softcap * tanh(logits / softcap) before the temperature.
         logit_scale: multiplies the logits before the softcap.
         entropy_grad: whether the entropies carry a gradient (they cost memory for another [N, H] then).
-        chunk_rows: rows whose logits exist at one time; default: `CHUNK_BYTES` worth.
+        chunk_rows: rows whose logits exist at one time; None derives them from a memory budget.
+        backend: auto, torch or triton.
 
     Raises:
         ValueError: `temperature` is not positive.
     """
-    if temperature <= 0:
+    if not isinstance(temperature, Tensor) and temperature <= 0:
         raise ValueError(f"temperature is {temperature}; log-probabilities need one above 0")
-    head = Head(temperature, softcap, logit_scale, chunk_rows, weight.shape[0])
+    tau = temperatures(temperature, hidden)
+    size = chunk_rows or rows_in_budget(hidden.shape[0], weight.shape[0], hidden.device)
+    kernels = _kernels(hidden.device, backend if tau.dtype == torch.float32 else "torch")
+    call = Call(Head(softcap, logit_scale), size, kernels)
     grad = torch.is_grad_enabled()
-    wants_hidden = grad and hidden.requires_grad
-    wants_head = grad and (weight.requires_grad or (bias is not None and bias.requires_grad))
     with torch.autocast(hidden.device.type, enabled=False):
-        if wants_head:
-            logp, entropy = _TrainableHead.apply(hidden, weight, bias, ids, head)  # pyright: ignore
-        elif wants_hidden:
-            logp, entropy = _FrozenHead.apply(hidden, weight, bias, ids, head, entropy_grad)  # pyright: ignore
+        if grad and (weight.requires_grad or (bias is not None and bias.requires_grad)):
+            logp, entropy = _TrainableHead.apply(hidden, weight, bias, ids, tau, call)  # pyright: ignore
+        elif grad and hidden.requires_grad:
+            logp, entropy = _FrozenHead.apply(hidden, weight, bias, ids, tau, call, entropy_grad)  # pyright: ignore
         else:
-            logp, entropy = _values(hidden, weight, bias, ids, head)
+            logp, entropy = _values(hidden, weight, bias, ids, tau, call)
     return logp, entropy if entropy_grad else entropy.detach()
 
 
-class Head:
-    """The constants of one call: how logits are made of hidden states, and how many rows at one time."""
-
-    __slots__ = ("chunk_rows", "logit_scale", "softcap", "temperature")
-
-    def __init__(
-        self,
-        temperature: float,
-        softcap: float | None,
-        logit_scale: float,
-        chunk_rows: int | None,
-        vocabulary: int,
-    ) -> None:
-        self.temperature, self.softcap, self.logit_scale = temperature, softcap, logit_scale
-        self.chunk_rows = chunk_rows or max(CHUNK_BYTES // (4 * vocabulary), 1)
-
-    def logits(self, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Returns z [C, V] in fp32 (fp64 for fp64 inputs), and dz/d(hidden @ W^T) if not constant."""
-        z = _matmul_fp32(hidden, weight.T)
-        if bias is not None:
-            z += bias
-        if self.logit_scale != 1.0:
-            z *= self.logit_scale
-        slope = None
-        if self.softcap is not None:
-            t = torch.tanh(z.div_(self.softcap))
-            slope = (1 - t * t) * (self.logit_scale / self.temperature)
-            z = t.mul_(self.softcap)
-        return z.div_(self.temperature), slope
-
-    def chunks(self, n: int) -> list[slice]:
-        return [slice(i, min(i + self.chunk_rows, n)) for i in range(0, n, self.chunk_rows)]
+def temperatures(temperature: float | Tensor, hidden: Tensor) -> Tensor:
+    """Returns [N] temperatures in the type that logits are made in."""
+    wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    if isinstance(temperature, Tensor):
+        return temperature.to(hidden.device, wide).expand(hidden.shape[0]).contiguous()
+    return torch.full((hidden.shape[0],), temperature, dtype=wide, device=hidden.device)
 
 
-def _matmul_fp32(a: Tensor, b: Tensor) -> Tensor:
-    """Returns a @ b with fp32 output (fp64 for fp64 inputs), without rounding the product to a half type."""
-    if a.dtype == b.dtype and a.dtype in (torch.float32, torch.float64):
-        return a @ b
-    if a.is_cuda and a.dtype == b.dtype:
-        return torch.mm(a, b, out_dtype=torch.float32)
-    return a.float() @ b.float()
+def _kernels(device: torch.device, backend: str) -> ModuleType:
+    if not use_triton(device, backend):
+        return torch_twin
+    from grpo_lightning.ops import head_triton
+
+    return head_triton
 
 
-def _row_values(z: Tensor, ids: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Returns logp, entropy, log-sum-exp and 1 - p_y, each [C], from tempered logits z [C, V]."""
-    own = z.gather(1, ids[:, None])
-    others = z.scatter(1, ids[:, None], -torch.inf).logsumexp(1)
-    own = own[:, 0]
-    odds = others - own
-    lse = torch.logaddexp(others, own)
-    logp = z - lse[:, None]
-    entropy = -logp.mul_(logp.exp()).sum(1)
-    return -torch.nn.functional.softplus(odds), entropy, lse, torch.sigmoid(odds)
+class Call(NamedTuple):
+    """What is constant over the chunks of one call."""
+
+    head: Head
+    rows: int
+    kernels: ModuleType
 
 
-def _logit_grad(
-    z: Tensor, ids: Tensor, values: tuple[Tensor, Tensor, Tensor, Tensor], g: Tensor | None, e: Tensor | None
-) -> Tensor:
-    """Returns g * d logp/dz + e * d entropy/dz, [C, V]; destroys z. None is 0."""
-    _, entropy, lse, rest = values
-    logp = z.sub_(lse[:, None])
-    p = logp.exp()
-    out = torch.zeros_like(p) if g is None else p * -g[:, None]
-    if g is not None:
-        out.scatter_(1, ids[:, None], (rest * g)[:, None])
-    if e is not None:
-        out -= p.mul_(logp.add_(entropy[:, None])).mul_(e[:, None])
-    return out
+class Chunk(NamedTuple):
+    at: slice
+    z: Tensor  # [C, V] raw logits
+    q: Tensor  # [C, V] in the weight's type, over the same memory
+
+
+def chunks(hidden: Tensor, weight: Tensor, call: Call) -> Iterator[Chunk]:
+    """Yields the logits of one chunk after the other, all in the same memory."""
+    n, vocabulary = hidden.shape[0], weight.shape[0]
+    if not n:
+        return
+    wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    buffer = torch.empty(min(call.rows, n), vocabulary, dtype=wide, device=hidden.device)
+    narrow = buffer.view(weight.dtype)[:, :vocabulary]
+    for start in range(0, n, call.rows):
+        at = slice(start, min(start + call.rows, n))
+        size = at.stop - start
+        yield Chunk(at, raw_logits(hidden[at], weight, buffer[:size]), narrow[:size])
 
 
 def _values(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor, head: Head
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor, tau: Tensor, call: Call
 ) -> tuple[Tensor, Tensor]:
-    n = hidden.shape[0]
-    dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-    logp, entropy = hidden.new_empty(n, dtype=dtype), hidden.new_empty(n, dtype=dtype)
-    for c in head.chunks(n):
-        z, _ = head.logits(hidden[c], weight, bias)
-        logp[c], entropy[c], _, _ = _row_values(z, ids[c])
+    logp, entropy = torch.empty_like(tau), torch.empty_like(tau)
+    for at, z, _ in chunks(hidden, weight, call):
+        logp[at], entropy[at] = call.kernels.score_rows(z, ids[at], tau[at], call.head, bias)
     return logp, entropy
-
-
-def _to_raw(dz: Tensor, slope: Tensor | None, head: Head) -> Tensor:
-    """Returns the gradient at hidden @ weight.T from that at the tempered logits."""
-    return dz.mul_(slope) if slope is not None else dz.mul_(head.logit_scale / head.temperature)
 
 
 class _FrozenHead(torch.autograd.Function):
@@ -163,23 +132,24 @@ class _FrozenHead(torch.autograd.Function):
         weight: Tensor,
         bias: Tensor | None,
         ids: Tensor,
-        head: Head,
+        tau: Tensor,
+        call: Call,
         entropy_grad: bool,
     ) -> tuple[Tensor, Tensor]:
-        n = hidden.shape[0]
-        dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-        logp, entropy = hidden.new_empty(n, dtype=dtype), hidden.new_empty(n, dtype=dtype)
+        logp, entropy = torch.empty_like(tau), torch.empty_like(tau)
         u, v = torch.empty_like(hidden), torch.empty_like(hidden) if entropy_grad else None
-        for c in head.chunks(n):
-            z, slope = head.logits(hidden[c], weight, bias)
-            values = _row_values(z, ids[c])
-            logp[c], entropy[c] = values[0], values[1]
-            one = torch.ones_like(values[0])
+        score = call.kernels.score_rows
+        for at, z, q in chunks(hidden, weight, call):
+            args = (ids[at], tau[at], call.head, bias)
             if v is not None:
-                dz = _to_raw(_logit_grad(z.clone(), ids[c], values, None, one), slope, head)
-                v[c] = dz.to(weight.dtype) @ weight
-            u[c] = _to_raw(_logit_grad(z, ids[c], values, one, None), slope, head).to(weight.dtype) @ weight
+                one = torch.ones_like(args[1])
+                p = torch.empty(z.shape, dtype=weight.dtype, device=z.device)
+                score(z.clone(), *args, q=p, g=torch.zeros_like(one), e=one)
+                torch.mm(p, weight, out=v[at])
+            logp[at], entropy[at] = score(z, *args, q=q)
+            torch.mm(q, weight, out=u[at])
         ctx.save_for_backward(u, v)
+        ctx.scale = call.kernels.scale_rows
         ctx.set_materialize_grads(False)
         return logp, entropy
 
@@ -187,37 +157,44 @@ class _FrozenHead(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, g: Tensor | None, e: Tensor | None) -> tuple[Tensor | None, ...]:
         u, v = ctx.saved_tensors
-        parts = [k[:, None] * d for k, d in ((g, u), (e, v)) if k is not None and d is not None]
-        dh = reduce(torch.add, parts).to(u.dtype) if parts else None
-        return dh, None, None, None, None, None
+        parts = [ctx.scale(d, k) for k, d in ((g, u), (e, v)) if k is not None and d is not None]
+        dh = reduce(torch.add, parts) if parts else None
+        return dh, None, None, None, None, None, None
 
 
 class _TrainableHead(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor, head: Head
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor, tau: Tensor, call: Call
     ) -> tuple[Tensor, Tensor]:
-        ctx.save_for_backward(hidden, weight, bias, ids)
-        ctx.head = head
+        ctx.save_for_backward(hidden, weight, bias, ids, tau)
+        ctx.call = call
         ctx.set_materialize_grads(False)
-        return _values(hidden, weight, bias, ids, head)
+        return _values(hidden, weight, bias, ids, tau, call)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g: Tensor | None, e: Tensor | None) -> tuple[Tensor | None, ...]:
-        hidden, weight, bias, ids = ctx.saved_tensors
-        head: Head = ctx.head
-        wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
+        hidden, weight, bias, ids, tau = ctx.saved_tensors
+        call: Call = ctx.call
         dh = torch.zeros_like(hidden)
-        dw = torch.zeros_like(weight, dtype=wide)
-        db = None if bias is None else torch.zeros_like(bias, dtype=wide)
-        for c in head.chunks(hidden.shape[0]):
-            z, slope = head.logits(hidden[c], weight, bias)
-            values = _row_values(z, ids[c])
-            dz = _logit_grad(z, ids[c], values, None if g is None else g[c], None if e is None else e[c])
-            dz = _to_raw(dz, slope, head)
-            dh[c] = dz.to(weight.dtype) @ weight
-            dw += _matmul_fp32(dz.to(hidden.dtype).T, hidden[c])
+        dw = torch.zeros_like(weight, dtype=tau.dtype)
+        db = None if bias is None else torch.zeros_like(bias, dtype=tau.dtype)
+        zero = torch.zeros_like(tau) if g is None else g
+        for at, z, q in chunks(hidden, weight, call):
+            mine = None if e is None else e[at].contiguous()
+            gs = zero[at].contiguous()
+            call.kernels.score_rows(z, ids[at], tau[at], call.head, bias, q=q, g=gs, e=mine)
+            torch.mm(q, weight, out=dh[at])
+            dw += _wide_product(q.T, hidden[at])
             if db is not None:
-                db += dz.sum(0)
-        return dh, dw.to(weight.dtype), None if db is None else db.to(weight.dtype), None, None
+                db += q.sum(0, dtype=db.dtype)
+        db = None if db is None or bias is None else db.to(bias.dtype)
+        return dh, dw.to(weight.dtype), db, None, None, None
+
+
+def _wide_product(a: Tensor, b: Tensor) -> Tensor:
+    """Returns a @ b with fp32 output, without rounding the product to a half type; fp64 for fp64 inputs."""
+    if a.dtype in (torch.float32, torch.float64):
+        return a @ b
+    return torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda else a.float() @ b.float()
