@@ -8,7 +8,7 @@ CONSTRAINT := $(shell command -v nvidia-smi >/dev/null 2>&1 || echo "-c constrai
 # What computes numbers.
 CORE := grpo_lightning/losses/*,grpo_lightning/ops/*,grpo_lightning/advantages.py,grpo_lightning/batch.py,grpo_lightning/packing.py,grpo_lightning/stats.py
 
-.PHONY: quickstart test lint clean setup
+.PHONY: quickstart test lint clean setup conformance
 setup: $(VENV)/.ready
 $(VENV)/.ready: pyproject.toml constraints/cpu.txt
 	$(PYTHON) -m venv $(VENV)
@@ -32,5 +32,13 @@ test: lint
 	$(BIN)/coverage report --skip-covered
 	$(BIN)/coverage report --include="$(CORE)" --fail-under=95
 
+# TRL and Liger stay out of $(VENV): they are compared with, not used.
+conformance: .venv-peers/.ready
+	.venv-peers/bin/python benchmarks/conformance.py
+.venv-peers/.ready: constraints/cpu.txt constraints/peers.txt
+	$(PYTHON) -m venv .venv-peers
+	.venv-peers/bin/python -m pip install --quiet $(CONSTRAINT) -c constraints/peers.txt trl liger-kernel
+	@touch $@
+
 clean:
-	rm -rf $(VENV) runs dist build .pytest_cache .ruff_cache .hypothesis .coverage *.egg-info
+	rm -rf $(VENV) .venv-peers runs dist build .pytest_cache .ruff_cache .hypothesis .coverage *.egg-info

@@ -71,7 +71,12 @@ SWITCH = """
   makes a completion's weight e^10, and every long completion would be dropped.
 - The entropy bonus is a mean over the step's tokens for every recipe; the selection of high-entropy tokens is made once per step
   from the old policy, not per micro-batch.
-- Log-ratios are clamped to +-20, which changes nothing below that.
+- Log-ratios are clamped to +-20, which changes nothing below that. `dual_clip` below `1 + clip_high` is refused: it would cut
+  positive advantages too.
+- A group whose rewards are all equal has advantages of exactly 0; in TRL's float32 a rounded mean can leave 2e-3.
+- Means over completions leave out those without trainable tokens. The off-policy mask takes the old policy's log-probability
+  where the engine reported none.
+- `docs/conformance.md` has the numbers: our losses and gradients beside TRL's and Liger's, cell by cell (`make conformance`).
 """
 
 
@@ -86,7 +91,8 @@ def page() -> str:
     parts.append("|---|---|---|---|---|---|---|---|---|")
     for name, r in RECIPES.items():
         defaults = ", ".join(
-            f"{k} {v:g}" if isinstance(v, float) else f"{k} {v}" for k, v in r.defaults.items()
+            f"{k} {v:g}" if isinstance(v, float) else f"{k} {v}"
+            for k, v in {**SURROGATES[r.surrogate].defaults, **r.defaults}.items()
         )
         cells = [
             f"`{name}`",

@@ -7,7 +7,7 @@ from grpo_lightning.errors import ConfigError, choices
 from grpo_lightning.importing import import_object
 from grpo_lightning.losses.adaptive import AdaptiveEntropy, AdaptiveKL
 from grpo_lightning.losses.aggregations import AGGREGATIONS
-from grpo_lightning.losses.corrections import CorrectionConfig
+from grpo_lightning.losses.corrections import LEVELS, CorrectionConfig
 from grpo_lightning.losses.kl import KL_ESTIMATORS
 from grpo_lightning.losses.ratios import RATIO_LEVELS
 from grpo_lightning.losses.recipes import RECIPES, Recipe
@@ -123,7 +123,10 @@ class LossConfig:
         """
         recipe = self.recipe
         parts = {name: getattr(recipe, name) for name in ("surrogate", "ratio_level", "aggregation")}
+        surrogate = SURROGATES.get(self.surrogate or recipe.surrogate)
         defaults = {**COMMON_DEFAULTS, **recipe.defaults, **parts}
+        if surrogate is not None:
+            defaults = {**surrogate.defaults, **defaults}
         missing = {key: value for key, value in defaults.items() if getattr(self, key) is None}
         return replace(self, **missing) if missing else self
 
@@ -142,7 +145,7 @@ class LossConfig:
     @property
     def objective(self) -> Surrogate:
         """The row of `SURROGATES`."""
-        return SURROGATES[str(self.surrogate)]
+        return SURROGATES[str(self.resolve().surrogate)]
 
     @property
     def clip_range(self) -> tuple[float, float]:
@@ -224,7 +227,9 @@ class LossConfig:
         k1_alone = KL_ESTIMATORS[str(self.kl_estimator)].needs_correction and not self.kl_bias_correction
         above = f"null or above 1 + clip_high = {1 + high:g}, or it would also cut positive advantages"
         whole = self.objective.whole_groups
-        masked = self.off_policy_threshold is not None or self.top_entropy_quantile < 1
+        weights = self.correction
+        weighted = weights.active and weights != CorrectionConfig()
+        masked = weighted or self.off_policy_threshold is not None or self.top_entropy_quantile < 1
         return [
             ("clip_low", 0 <= low < 1, "in [0, 1)"),
             ("clip_high", high >= 0, ">= 0"),
@@ -240,7 +245,12 @@ class LossConfig:
             (
                 "surrogate",
                 not (whole and masked),
-                "another: masks by token do not fit a loss of whole groups",
+                "another: masks and weights by token do not fit a loss of whole groups",
+            ),
+            (
+                "correction",
+                not (self.objective.folds_correction and weights.active) or LEVELS[weights.level].per_token,
+                f"of level token: {self.surrogate} takes it into the weight of the whole completion itself",
             ),
             *(
                 (key, (getattr(self, key) or 0) > 0, f"given, > 0, for {self.surrogate}")

@@ -16,21 +16,42 @@ from grpo_lightning.losses.ratios import MAX_LOG_RATIO
 from grpo_lightning.losses.segments import Segments
 from grpo_lightning.stats import Stat, effective_share, extreme, mean
 
-LEVELS: dict[str, Callable[[Tensor, Segments], Tensor]] = {
-    "token": lambda m, s: m,
-    "sequence": lambda m, s: s.spread(s.sum(m).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)),
-    "geometric": lambda m, s: s.spread(s.mean(m)),
+
+@dataclass(frozen=True, slots=True)
+class Level:
+    """A row of `LEVELS`."""
+
+    log_statistic: Callable[[Tensor, Segments], Tensor]
+    """[N] -> [N] nats: the logarithm of what is bounded"""
+    per_token: bool = False
+
+
+LEVELS: dict[str, Level] = {
+    "token": Level(lambda m, s: m, per_token=True),
+    "sequence": Level(lambda m, s: s.spread(s.sum(m).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO))),
+    "geometric": Level(lambda m, s: s.spread(s.mean(m))),
 }
-"""the logarithm of the statistic that is bounded; `sequence` is the product over a completion"""
+"""`sequence` is the product over a completion, `geometric` its mean"""
 
 Bounds = tuple[float, float]
-MODES: dict[str, Callable[[Tensor, Tensor, Bounds], Tensor]] = {
-    "truncate": lambda q, token, b: q.clamp(*b),
-    "mask": lambda q, token, b: torch.where((q >= b[0]) & (q <= b[1]), q, 0.0),
-    "gate": lambda q, token, b: torch.where((q >= b[0]) & (q <= b[1]), token, 0.0),
-    "off": lambda q, token, b: torch.ones_like(q),
+
+
+@dataclass(frozen=True, slots=True)
+class Mode:
+    """A row of `MODES`."""
+
+    weights: Callable[[Tensor, Tensor, Bounds], Tensor]
+    """from the statistic, the token's own weight and the bounds, each [N]"""
+    per_token: bool = False
+    """whether the weight is the token's own, whatever the level"""
+
+
+MODES: dict[str, Mode] = {
+    "truncate": Mode(lambda q, token, b: q.clamp(*b)),
+    "mask": Mode(lambda q, token, b: torch.where((q >= b[0]) & (q <= b[1]), q, 0.0)),
+    "gate": Mode(lambda q, token, b: torch.where((q >= b[0]) & (q <= b[1]), token, 0.0), per_token=True),
+    "off": Mode(lambda q, token, b: torch.ones_like(q)),
 }
-"""weights from the statistic `q`, the token weight and the bounds"""
 
 
 @dataclass(frozen=True)
@@ -60,6 +81,11 @@ class CorrectionConfig:
             raise ConfigError(
                 f"model.loss.correction has low {self.low} and high {self.high}; give one of them, low < high"
             )
+
+    @property
+    def active(self) -> bool:
+        """Whether tokens are weighed."""
+        return self.mode != "off" and not self.bypass
 
     @property
     def bounds(self) -> Bounds:
@@ -100,25 +126,24 @@ def correction_weights(
     gap = old - sampler
     known = torch.isfinite(gap)
     m = torch.where(known, gap, 0.0).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
-    active = config.mode != "off" and not config.bypass
-    c = MODES[config.mode if active else "off"](
-        LEVELS[config.level](m, segments).exp(), m.exp(), config.bounds
-    )
+    level, mode = LEVELS[config.level], MODES[config.mode if config.active else "off"]
+    c = mode.weights(level.log_statistic(m, segments).exp(), m.exp(), config.bounds)
     n, present = old.numel(), segments.lengths > 0
     dropped = (c == 0).to(c.dtype)
-    name = "sampling/importance_sampling_ratio"
-    ratio = m.exp()
     stats = {
         "sampling/missing_logprob_frac": mean((~known).sum(), n),
         "sampling/sampling_logp_difference/mean": mean(gap[known].abs().sum(), known.sum()),
-        "sampling/prob_error": mean((-m).abs().exp().sum(), n),
-        f"{name}/mean": mean(ratio.sum(), n),
-        f"{name}/min": extreme("min", ratio.min()),
-        f"{name}/max": extreme("max", ratio.max()),
+        "sampling/prob_error": mean(m.abs().exp().sum(), n),
         "sampling/ess": effective_share(c),
         "sampling/dropped_token_frac": mean(dropped.sum(), n),
         "sampling/dropped_sequence_frac": mean((segments.mean(dropped)[present] == 1).sum(), present.sum()),
     }
+    if config.active:
+        each = c if level.per_token or mode.per_token else segments.mean(c)[present]
+        name = "sampling/importance_sampling_ratio"
+        stats[f"{name}/mean"] = mean(each.sum(), each.numel())
+        stats[f"{name}/min"] = extreme("min", each.min())
+        stats[f"{name}/max"] = extreme("max", each.max())
     if known.any():
         stats["sampling/sampling_logp_difference/max"] = extreme("max", gap[known].abs().max())
     return c, stats

@@ -15,6 +15,11 @@ TOKEN = ("token",)
 TOKEN_OR_SEQUENCE_TOKEN = ("token", "sequence_token")
 
 
+def _either(condition: Tensor, yes: float, no: float, like: Tensor) -> Tensor:
+    """Returns one of two numbers in the type of `like`; `torch.where` of two numbers would be fp32."""
+    return torch.where(condition, like.new_tensor(yes), like.new_tensor(no))
+
+
 @register_surrogate(
     "ppo_clip",
     formula="-min(min(rho, dual_clip) A, clip(rho, 1 - clip_low, 1 + clip_high) A)",
@@ -58,7 +63,7 @@ def cispo(ratio: Tensor, advantages: Tensor, logprobs: Tensor, config: "LossConf
 )
 def sapo(ratio: Tensor, advantages: Tensor, config: "LossConfig") -> Tensor:
     """Returns a gate that closes smoothly on both sides instead of a clip."""
-    tau = torch.where(advantages > 0, config.sapo_tau_pos, config.sapo_tau_neg).to(ratio.dtype)
+    tau = _either(advantages > 0, config.sapo_tau_pos, config.sapo_tau_neg, ratio)
     return -advantages * (4 / tau) * torch.sigmoid(tau * (ratio - 1))
 
 
@@ -93,8 +98,8 @@ def vespo_phi(
     floor = -18.420680743952367  # ln 1e-8
     u = segments.sum(log_ratio.detach() + correction.log().clamp(floor, 20.0)).clamp(floor, 20.0)
     up = segments.mean(advantages) >= 0
-    k = torch.where(up, config.vespo_k_pos, config.vespo_k_neg).to(u.dtype)
-    rate = torch.where(up, config.vespo_lambda_pos, config.vespo_lambda_neg).to(u.dtype).clamp(min=1e-4)
+    k = _either(up, config.vespo_k_pos, config.vespo_k_neg, u)
+    rate = _either(up, config.vespo_lambda_pos, config.vespo_lambda_neg, u).clamp(min=1e-4)
     return torch.exp(rate + k * u - rate * u.exp()).nan_to_num(0.0, posinf=0.0)
 
 
@@ -122,6 +127,7 @@ def _dppo(keep: Tensor, ratio: Tensor, advantages: Tensor, logprobs: Tensor, con
     levels=TOKEN,
     formula="-sg(min(rho, dppo_weight_max) keep) A l, keep: p moved by at most dppo_low / dppo_high",
     paper="2602.04879",
+    defaults={"dppo_low": 0.2, "dppo_high": 0.2},
     required=("dppo_low", "dppo_high"),
     still_at_zero=True,
 )

@@ -93,10 +93,10 @@ def policy_loss(
 
 def _old(logprobs: Tensor, batch: RolloutBatch, config: LossConfig) -> tuple[Tensor, bool]:
     """Returns the log-probabilities that the ratio is taken against, and whether they are the engine's."""
+    old = logprobs.detach() if batch.old_logprobs is None else batch.old_logprobs
     if config.correction.bypass and batch.sampler_logprobs is not None:
-        sampler = batch.sampler_logprobs
-        return torch.where(torch.isfinite(sampler), sampler, logprobs.detach()), True
-    return (logprobs.detach() if batch.old_logprobs is None else batch.old_logprobs), False
+        return torch.where(torch.isfinite(batch.sampler_logprobs), batch.sampler_logprobs, old), True
+    return old, False
 
 
 def _keep(

@@ -163,7 +163,6 @@ RECIPES: dict[str, Recipe] = {
     "dppo_tv": Recipe(
         surrogate="dppo_tv",
         aggregation="token_mean",
-        defaults={"dppo_low": 0.2, "dppo_high": 0.2},
         paper="2602.04879",
         note="trust region on the probability itself, not on the ratio",
         differs="thresholds of 0.2 are ours; weights capped at 20",

@@ -5,8 +5,8 @@ Any of `AVAILABLE` may be a parameter; most need `(ratio, advantages, logprobs, 
 """
 
 import inspect
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
@@ -35,6 +35,7 @@ class Surrogate:
     levels: tuple[str, ...]
     formula: str
     paper: str
+    defaults: Mapping[str, float] = field(default_factory=dict[str, float])
     required: tuple[str, ...] = ()
     """options that have no sensible default"""
     folds_correction: bool = False

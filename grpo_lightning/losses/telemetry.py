@@ -17,23 +17,25 @@ def clip_stats(ratio: Tensor, advantages: Tensor, segments: Segments, config: Lo
     low = ((ratio < 1 - clip_low) & (advantages < 0)).to(ratio.dtype)
     high = ((ratio > 1 + clip_high) & (advantages > 0)).to(ratio.dtype)
     present = segments.lengths > 0
-    if config.ratio_level == "token":
-        shares = [(x.sum(), x.numel()) for x in (low, high, low + high)]
-    else:
-        shares = [(segments.mean(x)[present].sum(), present.sum()) for x in (low, high, low + high)]
-    stats = {
-        f"clip_ratio/{name}_mean": mean(total, count)
-        for name, (total, count) in zip(("low", "high", "region"), shares, strict=True)
-    }
+    shares = {"low": low, "high": high, "region": low + high}
+    stats = {f"clip_ratio/{name}_mean": _share(x, segments, config) for name, x in shares.items()}
     if ratio.numel():
         stats["clip_ratio/low_min"] = extreme("min", segments.mean(low)[present].min())
         stats["clip_ratio/high_max"] = extreme("max", segments.mean(high)[present].max())
     return stats
 
 
+def _share(x: Tensor, segments: Segments, config: LossConfig) -> Stat:
+    """Returns the mean of x [N] over what has a ratio of its own: tokens, or completions."""
+    if config.ratio_level == "token":
+        return mean(x.sum(), x.numel())
+    present = segments.lengths > 0
+    return mean(segments.mean(x)[present].sum(), present.sum())
+
+
 def _cispo(i: Mapping[str, Any], s: Segments, c: LossConfig) -> dict[str, Stat]:
     hit = (i["ratio"].detach() > c.cispo_weight_max) & (i["advantages"] > 0)
-    return {"cispo_clip_ratio": mean(hit.sum(), hit.numel())}
+    return {"cispo_clip_ratio": _share(hit.to(i["ratio"].dtype), s, c)}
 
 
 def _vespo(i: Mapping[str, Any], s: Segments, c: LossConfig) -> dict[str, Stat]:

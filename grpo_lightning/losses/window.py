@@ -73,19 +73,26 @@ def _select(
     covariance = (advantages - mean_a / total.clamp(min=1)) * (old - mean_l / total.clamp(min=1))
     count = max(1, int(config.cov_frac * int(total)))
     if not config.objective.picks_at_random:
-        return covariance >= _kth_largest(covariance, count, gather)
+        return _largest(covariance, count, gather, rank)
     before = int(sum(float(c[2]) for c in counts[:rank]))
     order = -hashed(torch.arange(before, before + len(old)), seed)
     inside = (covariance > config.cov_low) & (covariance < config.cov_high)
     order = torch.where(inside, order, -torch.inf)
-    return order >= _kth_largest(order, count, gather)
+    return _largest(order, count, gather, rank)
 
 
-def _kth_largest(x: Tensor, k: int, gather: Gather) -> Tensor:
-    """Returns the k-th largest finite value over ranks, or infinity where there is none."""
+def _largest(x: Tensor, k: int, gather: Gather, rank: int) -> Tensor:
+    """Returns which of this rank's finite values are among the k largest of all ranks; of equal ones the
+    first."""
     mine = x[torch.isfinite(x)]
     best = torch.cat(gather(mine.topk(min(k, len(mine))).values))
-    return best.topk(min(k, len(best))).values[-1] if len(best) else torch.tensor(torch.inf)
+    if not len(best):
+        return torch.zeros_like(x, dtype=torch.bool)
+    edge = best.topk(min(k, len(best))).values[-1]
+    above, equal = x > edge, x == edge
+    counts = gather((int(above.sum()), int(equal.sum())))
+    left = min(k, len(best)) - sum(a for a, _ in counts) - sum(n for _, n in counts[:rank])
+    return above | (equal & (equal.cumsum(0) <= left))
 
 
 def quantile(x: Tensor, q: float) -> Tensor:

@@ -187,8 +187,23 @@ def test_golden_corrections(correction, loss, grad):
 def test_golden_effective_sample_size():
     _, _, stats = value_and_grad(fixture(sampler_logprobs=SAMPLER), LossConfig("dapo"))
     assert stats["sampling/ess"] == pytest.approx(0.82459296, abs=1e-7)
-    assert stats["sampling/importance_sampling_ratio/max"] == pytest.approx(2.71828183)
+    assert stats["sampling/importance_sampling_ratio/max"] == 2.0
     assert stats["sampling/importance_sampling_ratio/min"] == pytest.approx(0.49658530)
+
+
+def test_logged_weights_are_those_that_act():
+    """TRL's meaning of the name: after truncation, and per completion where a completion has one weight."""
+    name = "sampling/importance_sampling_ratio"
+
+    def logged(**how):
+        config = LossConfig("dapo", correction=CorrectionConfig(**how))
+        stats = value_and_grad(fixture(sampler_logprobs=SAMPLER), config)[2]
+        return [stats.get(f"{name}/{kind}") for kind in ("min", "mean", "max")]
+
+    assert logged(level="sequence", high=1.5) == pytest.approx([0.81873075, 1.15936538, 1.5], abs=1e-7)
+    assert logged(level="sequence", mode="mask", high=1.5) == pytest.approx([0, 0.40936538, 0.81873075])
+    assert logged(mode="mask", high=2.0) == pytest.approx([0, 0.71279542, 1.22140276], abs=1e-7)
+    assert logged(mode="off") == logged(bypass=True) == [None] * 3
 
 
 def test_bypass_takes_the_engines_policy_as_the_old_one():

@@ -47,7 +47,7 @@ def test_equals_the_definition(name, entropy_coef):
         name,
         kl_coef=0.04,
         entropy_coef=entropy_coef,
-        correction=CorrectionConfig(mode="mask", low=0.8, high=1.5),
+        correction=CorrectionConfig() if name == "real" else CorrectionConfig(mode="mask", low=0.8, high=1.5),
         **REQUIRED.get(name, {}),
     )
     for weights in ({}, {"kl_coef": 0.3, "entropy_coef": 2 * entropy_coef}):

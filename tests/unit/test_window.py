@@ -85,6 +85,20 @@ def test_golden_kl_cov_selects_the_largest_covariance():
     assert set(picked.nonzero().flatten().tolist()) == set(covariance.topk(count).indices.tolist())
 
 
+def test_equal_covariances_go_to_the_first():
+    """Without signal every covariance is 0; the penalty still falls on the agreed number of tokens."""
+    b = scored(seed=3)
+    b = replace(b, advantages=torch.zeros_like(b.advantages))
+    whole = chosen(choose_tokens([b], CONFIGS["kl_cov"], seed=0, gather=lambda x: [x]), "kl_cov")
+    count = max(1, int(CONFIGS["kl_cov"].cov_frac * len(whole)))
+    assert whole.tolist() == [True] * count + [False] * (len(whole) - count)
+    halves = [b.take(range(8)), b.take(range(8, 16))]
+    ranks = Ranks(
+        lambda rank, g: choose_tokens([halves[rank]], CONFIGS["kl_cov"], seed=0, gather=g, rank=rank)
+    )
+    assert torch.equal(torch.cat([chosen(r, "kl_cov") for r in ranks.results]), whole)
+
+
 def test_clip_cov_stays_inside_its_bounds_and_follows_the_seed():
     b = scored()
     config = LossConfig("clip_cov", cov_frac=0.05, cov_low=0.1, cov_high=1.0)
