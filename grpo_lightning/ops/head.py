@@ -36,15 +36,6 @@ def rows_in_budget(n: int, vocabulary: int, device: torch.device) -> int:
     return min(rows, max(n, 1))
 
 
-def raw_logits(hidden: Tensor, weight: Tensor, out: Tensor) -> Tensor:
-    """Returns hidden @ weight.T in `out` [C, V], fp32 (fp64 for fp64 inputs): not rounded to a half type."""
-    if hidden.dtype == out.dtype:
-        return torch.mm(hidden, weight.T, out=out)
-    if hidden.is_cuda:
-        return torch.mm(hidden, weight.T, out_dtype=out.dtype, out=out)
-    return torch.mm(hidden.to(out.dtype), weight.T.to(out.dtype), out=out)
-
-
 def score_rows(
     z: Tensor,
     ids: Tensor,

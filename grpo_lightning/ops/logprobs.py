@@ -19,7 +19,8 @@ from torch.autograd.function import once_differentiable
 
 from grpo_lightning.ops import head as torch_twin
 from grpo_lightning.ops.dispatch import use_triton
-from grpo_lightning.ops.head import Head, raw_logits, rows_in_budget
+from grpo_lightning.ops.head import Head, rows_in_budget
+from grpo_lightning.ops.products import wide_product, wide_product_into
 
 
 def fused_linear_logprobs(
@@ -112,7 +113,7 @@ def chunks(hidden: Tensor, weight: Tensor, call: Call) -> Iterator[Chunk]:
     for start in range(0, n, call.rows):
         at = slice(start, min(start + call.rows, n))
         size = at.stop - start
-        yield Chunk(at, raw_logits(hidden[at], weight, buffer[:size]), narrow[:size])
+        yield Chunk(at, wide_product_into(hidden[at], weight.T, buffer[:size]), narrow[:size])
 
 
 def _values(
@@ -186,15 +187,8 @@ class _TrainableHead(torch.autograd.Function):
             gs = zero[at].contiguous()
             call.kernels.score_rows(z, ids[at], tau[at], call.head, bias, q=q, g=gs, e=mine)
             torch.mm(q, weight, out=dh[at])
-            dw += _wide_product(q.T, hidden[at])
+            dw += wide_product(q.T, hidden[at])
             if db is not None:
                 db += q.sum(0, dtype=db.dtype)
         db = None if db is None or bias is None else db.to(bias.dtype)
         return dh, dw.to(weight.dtype), db, None, None, None
-
-
-def _wide_product(a: Tensor, b: Tensor) -> Tensor:
-    """Returns a @ b with fp32 output, without rounding the product to a half type; fp64 for fp64 inputs."""
-    if a.dtype in (torch.float32, torch.float64):
-        return a @ b
-    return torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda else a.float() @ b.float()

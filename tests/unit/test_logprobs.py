@@ -118,8 +118,10 @@ def test_frozen_head_saves_one_hidden_and_no_logits():
 
 def test_no_logits_for_all_rows_at_once(monkeypatch):
     rows = []
-    real = module.raw_logits
-    monkeypatch.setattr(module, "raw_logits", lambda h, w, out: rows.append(h.shape[0]) or real(h, w, out))
+    real = module.wide_product_into
+    monkeypatch.setattr(
+        module, "wide_product_into", lambda h, w, out: rows.append(h.shape[0]) or real(h, w, out)
+    )
     h, w, ids = inputs(100, v=53)
     fused_linear_logprobs(h.requires_grad_(), w, ids, chunk_rows=32)
     assert rows == [32, 32, 32, 4]
