@@ -1,6 +1,6 @@
 """Attention over a packed rollout: a token sees its prompt and its own completion, nothing else.
 
-The torch form runs group by group with an explicit mask and is the oracle for every faster one.
+Half types on CUDA run as segments (`varlen.py`). Everything else runs group by group with an explicit mask.
 """
 
 from collections.abc import Sequence
@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from grpo_lightning.ops.varlen import Flash, SharedPrompts, shared_prompt_attention
+
 
 @dataclass(frozen=True, slots=True)
 class PackedLayout:
@@ -18,6 +20,9 @@ class PackedLayout:
     bounds: tuple[tuple[int, int], ...]  # P pairs: first row of the group, row after its last
     segment_ids: Tensor  # [T] int64; 0 in prompts, 1, 2, ... in the completions of a group
     position_ids: Tensor  # [T] int64
+    shared: SharedPrompts
+    longest: int
+    """tokens of the longest prompt with a completion"""
     masks: dict[int | None, list[Tensor]] = field(default_factory=dict[int | None, list[Tensor]])
 
     @classmethod
@@ -30,11 +35,16 @@ class PackedLayout:
         position_ids: Tensor,
     ) -> "PackedLayout":
         """Returns the layout of P prompts and S completions, `group_ids` sorted."""
-        sizes = list(prompt_lengths)
+        rows: list[list[int]] = [[] for _ in prompt_lengths]
         for g, n in zip(group_ids, lengths, strict=True):
-            sizes[g] += max(n - 1, 0)
+            rows[g].append(max(n - 1, 0))
+        sizes = [p + sum(own) for p, own in zip(prompt_lengths, rows, strict=True)]
         ends = torch.tensor(sizes, dtype=torch.int64).cumsum(0).tolist()
-        return cls(tuple(zip([0, *ends][:-1], ends, strict=True)), segment_ids, position_ids)
+        longest = max(
+            (p + max(own, default=0) for p, own in zip(prompt_lengths, rows, strict=True)), default=0
+        )
+        shared = SharedPrompts.of(list(prompt_lengths), rows, segment_ids.device)
+        return cls(tuple(zip([0, *ends][:-1], ends, strict=True)), segment_ids, position_ids, shared, longest)
 
     def group_masks(self, window: int | None) -> list[Tensor]:
         """Returns P boolean masks [L, L], True where a row may look; `window` in tokens."""
@@ -63,6 +73,9 @@ def packed_attention(
         scale: multiplies query . key.
         window: sliding window in tokens; None looks back without limit.
     """
+    if runs_as_segments(query, layout, window):
+        q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+        return shared_prompt_attention(q, k, v, layout.shared, scale, Flash()).transpose(0, 1)[None]
     parts = [
         scaled_dot_product_attention(
             query[:, :, s:e],
@@ -75,3 +88,10 @@ def packed_attention(
         for (s, e), mask in zip(layout.bounds, layout.group_masks(window), strict=True)
     ]
     return torch.cat(parts, dim=2) if parts else torch.zeros_like(query)
+
+
+def runs_as_segments(query: Tensor, layout: PackedLayout, window: int | None) -> bool:
+    """Whether the flash kernels cover this call; a window that nothing outgrows is none."""
+    fits = query.shape[-1] <= 256 and query.shape[-1] % 8 == 0
+    half = query.dtype in (torch.bfloat16, torch.float16)
+    return query.is_cuda and half and fits and (window is None or window >= layout.longest)

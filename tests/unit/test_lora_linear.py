@@ -60,7 +60,8 @@ def lora_policy(fused, **lora):
 
     torch.manual_seed(0)
     model = get_peft_model(
-        tiny_llama(), LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM", **lora)
+        tiny_llama(),
+        LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM", **lora),
     )
     g = torch.Generator().manual_seed(1)
     for name, p in model.named_parameters():

@@ -1,0 +1,216 @@
+"""Attention over segments of one packed row, and over prompts that several completions share.
+
+For shared prompts two calls are merged: (i) every prompt and every completion looks at itself, causally;
+(ii) the completions of a group look at their prompt. With l the log-sum-exps and o the outputs of both,
+    l = logaddexp(l1, l2),  o = exp(l1 - l) o1 + exp(l2 - l) o2.
+Each call's own backward, given the merged o and l, is the gradient of the whole softmax over its part of the
+keys, and the parts add up.
+"""
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+
+class Spans(NamedTuple):
+    """Segments of queries and the segments of keys that they look at, B each."""
+
+    query: Tensor  # [B + 1] int32, ends
+    key: Tensor  # [B + 1] int32
+    longest_query: int
+    longest_key: int
+    causal: bool
+
+    @classmethod
+    def of(cls, query: list[int], key: list[int], *, causal: bool, device: torch.device) -> "Spans":
+        """Returns the spans of the given lengths."""
+
+        def ends(lengths: list[int]) -> Tensor:
+            return torch.tensor([0, *lengths]).cumsum(0).to(device, torch.int32)
+
+        return cls(ends(query), ends(key), max(query, default=0), max(key, default=0), causal)
+
+
+@dataclass(frozen=True, slots=True)
+class SharedPrompts:
+    """Where prompts and completions lie in T, for `shared_prompt_attention`."""
+
+    alone: Spans  # every prompt and every completion, onto itself
+    towards: Spans  # the completions of a group, onto its prompt
+    completions: Tensor  # [Tc] rows of T of the queries of `towards`
+    prompts: Tensor  # [Tp] rows of T of its keys
+
+    @classmethod
+    def of(cls, prompt_lengths: list[int], rows: list[list[int]], device: torch.device) -> "SharedPrompts":
+        """Returns the layout of groups, each a prompt and the rows of its completions, one after the other.
+
+        Args:
+            prompt_lengths: P.
+            rows: P lists, the number of rows of each completion; 0 is legal.
+            device: of the index tensors.
+        """
+        alone: list[int] = []
+        queries: list[int] = []
+        keys: list[int] = []
+        completions: list[int] = []
+        prompts: list[int] = []
+        start = 0
+        for p, own in zip(prompt_lengths, rows, strict=True):
+            alone += [n for n in (p, *own) if n]
+            end = start + p + sum(own)
+            if sum(own):
+                queries.append(sum(own))
+                keys.append(p)
+                prompts += range(start, start + p)
+                completions += range(start + p, end)
+            start = end
+        return cls(
+            Spans.of(alone, alone, causal=True, device=device),
+            Spans.of(queries, keys, causal=False, device=device),
+            torch.tensor(completions, dtype=torch.int64, device=device),
+            torch.tensor(prompts, dtype=torch.int64, device=device),
+        )
+
+
+class Kernels(Protocol):
+    """Attention of segments: q [Tq, heads, D], k and v [Tk, kv_heads, D]."""
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, spans: Spans, scale: float) -> tuple[Tensor, Tensor]:
+        """Returns out [Tq, heads, D] and log-sum-exp [heads, Tq] fp32."""
+        ...
+
+    def backward(
+        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, spans: Spans,
+        scale: float,
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+        """Returns dq, dk and dv for probabilities exp(scale q k - lse), whatever else `lse` holds."""
+        ...
+
+
+class Flash:
+    """torch's own variable-length flash attention: half types on CUDA, no other package.
+
+    The operators behind `torch.nn.attention.varlen` are private; they are named here and nowhere else.
+    """
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, spans: Spans, scale: float) -> tuple[Tensor, Tensor]:
+        """Returns out and log-sum-exp."""
+        out, lse, *_ = torch.ops.aten._flash_attention_forward(
+            q, k, v, spans.query, spans.key, spans.longest_query, spans.longest_key, 0.0, spans.causal,
+            return_debug_mask=False, scale=scale,
+        )  # fmt: skip
+        return out, lse
+
+    def backward(
+        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, spans: Spans,
+        scale: float,
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+        """Returns dq, dk, dv."""
+        unused = torch.zeros(2, dtype=torch.uint64, device=q.device)  # state of the dropout that there is not
+        return torch.ops.aten._flash_attention_backward(
+            dout, q, k, v, out, lse, spans.query, spans.key, spans.longest_query, spans.longest_key, 0.0,
+            spans.causal, unused, torch.empty(0, device=q.device), scale=scale,
+        )  # fmt: skip
+
+
+class Dense:
+    """The same in plain torch, segment by segment: the oracle, on any device and in any type."""
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, spans: Spans, scale: float) -> tuple[Tensor, Tensor]:
+        """Returns out and log-sum-exp."""
+        out, lse = torch.empty_like(q), q.new_empty(q.shape[1], q.shape[0])
+        for a, b in _pairs(spans):
+            scores = self._scores(q[a], k[b], spans.causal, scale)
+            lse[:, a] = scores.logsumexp(-1)
+            out[a] = torch.einsum("hqk,khd->qhd", (scores - lse[:, a, None]).exp(), _wide(v[b], q))
+        return out, lse
+
+    def backward(
+        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, spans: Spans,
+        scale: float,
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+        """Returns dq, dk, dv."""
+        dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
+        for a, b in _pairs(spans):
+            p = (self._scores(q[a], k[b], spans.causal, scale) - lse[:, a, None]).exp()
+            dp = torch.einsum("qhd,khd->hqk", dout[a], _wide(v[b], q))
+            ds = p * (dp - (dout[a] * out[a]).sum(-1).T[:, :, None]) * scale
+            dq[a] = torch.einsum("hqk,khd->qhd", ds, _wide(k[b], q))
+            dk[b] += _narrow(torch.einsum("hqk,qhd->khd", ds, q[a]), k)
+            dv[b] += _narrow(torch.einsum("hqk,qhd->khd", p, dout[a]), v)
+        return dq, dk, dv
+
+    def _scores(self, q: Tensor, k: Tensor, causal: bool, scale: float) -> Tensor:
+        scores = torch.einsum("qhd,khd->hqk", q, _wide(k, q)) * scale
+        if causal:
+            ahead = torch.ones(scores.shape[1:], dtype=torch.bool, device=q.device).triu(1)
+            scores = scores.masked_fill(ahead, -torch.inf)
+        return scores
+
+
+def _pairs(spans: Spans) -> list[tuple[slice, slice]]:
+    q, k = spans.query.tolist(), spans.key.tolist()
+    return [(slice(q[i], q[i + 1]), slice(k[i], k[i + 1])) for i in range(len(q) - 1)]
+
+
+def _wide(kv: Tensor, q: Tensor) -> Tensor:
+    """Returns keys or values repeated to one per query head."""
+    return kv.repeat_interleave(q.shape[1] // kv.shape[1], 1)
+
+
+def _narrow(grad: Tensor, kv: Tensor) -> Tensor:
+    """Returns gradients summed over the query heads that share a key head."""
+    return grad.view(grad.shape[0], kv.shape[1], -1, grad.shape[2]).sum(2)
+
+
+def shared_prompt_attention(
+    q: Tensor, k: Tensor, v: Tensor, layout: SharedPrompts, scale: float, kernels: Kernels
+) -> Tensor:
+    """Returns [T, heads, D]: each token attends to its prompt and to its own completion, causally.
+
+    Args:
+        q: [T, heads, D].
+        k: [T, kv_heads, D]; heads is a multiple of kv_heads.
+        v: [T, kv_heads, D].
+        layout: where prompts and completions lie.
+        scale: multiplies q . k.
+        kernels: `Flash()` or `Dense()`.
+    """
+    return _SharedPrompts.apply(q, k, v, layout, scale, kernels)  # pyright: ignore[reportReturnType]
+
+
+class _SharedPrompts(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, layout: SharedPrompts, scale: float, kernels: Kernels
+    ) -> Tensor:
+        out, lse = kernels.forward(q, k, v, layout.alone, scale)
+        c, p = layout.completions, layout.prompts
+        if len(c):
+            theirs, mass = kernels.forward(q[c], k[p], v[p], layout.towards, scale)
+            own = lse[:, c]
+            whole = torch.logaddexp(own, mass)
+            lse[:, c] = whole
+            share, rest = ((x - whole).exp().T[:, :, None] for x in (own, mass))
+            out[c] = (share * out[c] + rest * theirs).to(out.dtype)
+        ctx.save_for_backward(q, k, v, out, lse)
+        ctx.call = (layout, scale, kernels)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, out, lse = ctx.saved_tensors
+        layout, scale, kernels = ctx.call
+        dout = dout.contiguous()
+        dq, dk, dv = kernels.backward(dout, q, k, v, out, lse, layout.alone, scale)
+        c, p = layout.completions, layout.prompts
+        if len(c):
+            merged = (out[c], lse[:, c].contiguous())
+            parts = kernels.backward(dout[c], q[c], k[p], v[p], *merged, layout.towards, scale)
+            for whole, rows, part in zip((dq, dk, dv), (c, p, p), parts, strict=True):
+                whole.index_add_(0, rows, part)
+        return dq, dk, dv, None, None, None

@@ -1,0 +1,72 @@
+"""Attention with shared prompts: two calls merged are one softmax, forward and backward."""
+
+import pytest
+import torch
+
+from grpo_lightning.ops.varlen import Dense, SharedPrompts, shared_prompt_attention
+
+CASES = {
+    "two groups": ([4, 3], [[2, 5, 1], [3, 0]]),
+    "one token": ([1], [[1]]),
+    "nothing but prompts": ([3, 2], [[0], []]),
+    "one completion each": ([2, 2], [[3], [4]]),
+}
+
+
+def inputs(rows, heads=4, kv_heads=2, width=8, seed=0):
+    g = torch.Generator().manual_seed(seed)
+
+    def draw(h):
+        return torch.randn(rows, h, width, generator=g, dtype=torch.float64).requires_grad_()
+
+    return draw(heads), draw(kv_heads), draw(kv_heads)
+
+
+def dense(q, k, v, prompts, rows, scale):
+    """One explicit mask over T."""
+    segment, group, position = [], [], []
+    for g, (p, own) in enumerate(zip(prompts, rows, strict=True)):
+        segment += [0] * p + [s + 1 for s, n in enumerate(own) for _ in range(n)]
+        group += [g] * (p + sum(own))
+        position += [*range(p), *(p + i for n in own for i in range(n))]
+    s, g, t = (torch.tensor(x) for x in (segment, group, position))
+    mask = (g[:, None] == g) & ((s[:, None] == s) | (s == 0)) & (t[:, None] >= t)
+    return torch.nn.functional.scaled_dot_product_attention(
+        q.transpose(0, 1), k.transpose(0, 1), v.transpose(0, 1), attn_mask=mask, scale=scale, enable_gqa=True
+    ).transpose(0, 1)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_equals_one_softmax(name):
+    prompts, rows = CASES[name]
+    total = sum(prompts) + sum(map(sum, rows))
+    q, k, v = inputs(total)
+    layout = SharedPrompts.of(prompts, rows, q.device)
+    got = shared_prompt_attention(q, k, v, layout, 0.3, Dense())
+    want = dense(q, k, v, prompts, rows, 0.3)
+    torch.testing.assert_close(got, want, atol=1e-12, rtol=0)
+    dout = torch.randn(got.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    ours = torch.autograd.grad(got, (q, k, v), dout)
+    theirs = torch.autograd.grad(want, (q, k, v), dout)
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-12, rtol=0)
+
+
+def test_gradcheck():
+    prompts, rows = CASES["two groups"]
+    q, k, v = inputs(18, heads=2, kv_heads=1, width=3)
+    layout = SharedPrompts.of(prompts, rows, q.device)
+    assert torch.autograd.gradcheck(
+        lambda q, k, v: shared_prompt_attention(q, k, v, layout, 0.5, Dense()), (q, k, v)
+    )
+
+
+def test_completions_do_not_see_each_other():
+    prompts, rows = CASES["two groups"]
+    q, k, v = (x.detach() for x in inputs(18))
+    layout = SharedPrompts.of(prompts, rows, q.device)
+    before = shared_prompt_attention(q, k, v, layout, 0.5, Dense())
+    k[4:6] += 1.0  # the first completion of the first group
+    after = shared_prompt_attention(q, k, v, layout, 0.5, Dense())
+    moved = (before != after).any(-1).any(-1)
+    assert moved.nonzero().flatten().tolist() == [4, 5]
