@@ -1,10 +1,10 @@
 """Which of an op's two forms runs: the torch twin, CPU path and oracle, or the Triton kernel."""
 
+import warnings
 from functools import cache
 from importlib.util import find_spec
 
 import torch
-from lightning_utilities.core.rank_zero import rank_zero_warn
 
 from grpo_lightning.errors import ConfigError, choices
 
@@ -15,7 +15,9 @@ BACKENDS = ("auto", "torch", "triton")
 def _missing_triton() -> bool:
     missing = find_spec("triton") is None
     if missing:
-        rank_zero_warn("triton is not installed: ops run in plain torch, slower; pip install triton")
+        warnings.warn(
+            "triton is not installed: ops run in plain torch, slower; pip install triton", stacklevel=3
+        )
     return missing
 
 
