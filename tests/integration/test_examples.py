@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from models import save_tiny
 
 ROOT = Path(__file__).parents[2]
@@ -63,8 +64,10 @@ def test_custom_reward(model, tmp_path):
 
 
 def test_custom_loss_in_ten_lines(model, tmp_path):
-    loss = f"{ROOT / 'examples' / 'custom_loss.py'}:tanh_clip"
-    fit(model, tmp_path, "--model.loss.name", loss, "--model.loss.params", "{width: 0.1}")
+    loss = {"name": f"{ROOT / 'examples' / 'custom_loss.py'}:tanh_clip", "params": {"width": 0.1}}
+    overlay = tmp_path / "tanh.yaml"
+    overlay.write_text(yaml.safe_dump({"model": {"loss": loss}}))
+    fit(model, tmp_path, "--config", str(overlay))
     saved = torch.load(next((tmp_path / "runs").rglob("last.ckpt")), weights_only=True)
     assert saved["global_step"] == 2
     source = (ROOT / "examples" / "custom_loss.py").read_text().split("import torch\n")[1]
