@@ -249,6 +249,15 @@ class RolloutBatch:
         totals = replace(local, **dict(zip(names, sums, strict=True)), micro_batches=micro_batches)
         return replace(self, totals=totals)
 
+    def few(self) -> "RolloutBatch":
+        """Returns the first two completions with tokens of the first and of the last group that has some."""
+        groups: dict[int, list[int]] = {}
+        for s, (g, n) in enumerate(zip(self.host_groups, self.lengths, strict=True)):
+            if n:
+                groups.setdefault(g, []).append(s)
+        ends = list(groups.values())
+        return self.take(sorted({s for own in (*ends[:1], *ends[-1:]) for s in own[:2]}))
+
     def rescored(self, log_kept: Tensor) -> "RolloutBatch":
         """Returns the batch with `sampler_logprobs` over the whole vocabulary.
 

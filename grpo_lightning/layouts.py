@@ -27,11 +27,15 @@ def needs_padding(config: Any) -> str | None:
     return None
 
 
-def register_packed_attention() -> None:
-    """Registers `PACKED` with transformers; without a mask function of that name it builds no mask."""
+def register_packed_attention(*, compiled_layers: bool = False) -> None:
+    """Registers `PACKED` with transformers; without a mask function of that name it builds no mask.
+
+    Args:
+        compiled_layers: keep torch.compile out of it: what it reads of the layout changes with every batch.
+    """
     from transformers import AttentionInterface
 
-    AttentionInterface.register(PACKED, _attention)
+    AttentionInterface.register(PACKED, torch.compiler.disable(_attention) if compiled_layers else _attention)
 
 
 def _attention(
@@ -59,10 +63,21 @@ def _attention(
     return out.transpose(1, 2).contiguous(), None
 
 
-def packed_hidden(decoder: Any, batch: RolloutBatch) -> Tensor:
-    """Returns [N, H] from one row of T tokens in which each prompt stands once."""
+def packed_hidden(decoder: Any, batch: RolloutBatch, *, segments: bool = False) -> Tensor:
+    """Returns [N, H] from one row of T tokens in which each prompt stands once.
+
+    Args:
+        decoder: of a transformers model.
+        batch: P prompts and S completions.
+        segments: run attention as segments where the flash kernels cover it.
+    """
     layout = PackedLayout.of(
-        batch.prompt_lengths, batch.lengths, batch.host_groups, batch.segment_ids, batch.position_ids
+        batch.prompt_lengths,
+        batch.lengths,
+        batch.host_groups,
+        batch.segment_ids,
+        batch.position_ids,
+        segments=segments,
     )
     out = decoder(
         input_ids=batch.input_ids[None],

@@ -15,6 +15,7 @@ from torch import Tensor
 from grpo_lightning.batch import RolloutBatch
 from grpo_lightning.checkpoint import load, save
 from grpo_lightning.errors import ConfigError, GRPOError
+from grpo_lightning.kernels import KernelConfig
 from grpo_lightning.lora import lora_config, starts_as_base
 from grpo_lightning.losses import Coefficients, LossConfig
 from grpo_lightning.metrics import over_ranks
@@ -26,6 +27,9 @@ from grpo_lightning.stats import Stat, combine, extreme, mean
 
 if TYPE_CHECKING:
     from grpo_lightning.policy import Policy
+
+LARGEST_DISTANCE = {torch.float64: 1e-3, torch.float32: 1e-3, torch.float16: 0.05, torch.bfloat16: 0.1}
+"""mean distance, in nats, of two forwards that differ by rounding alone"""
 
 
 def _adamw(params: Any) -> torch.optim.Optimizer:
@@ -51,6 +55,7 @@ class GRPOModule(pl.LightningModule):
         model_kwargs: passed to `from_pretrained`, e.g. {dtype: bfloat16, revision: main}.
         tokenizer: name or folder of another tokenizer; null takes the model's.
         logprob_chunk_rows: rows of logits that exist at one time; null derives them from a memory budget.
+        kernels: which fast paths run.
     """
 
     def __init__(
@@ -67,6 +72,7 @@ class GRPOModule(pl.LightningModule):
         model_kwargs: dict[str, Any] | None = None,
         tokenizer: str | None = None,
         logprob_chunk_rows: int | None = None,
+        kernels: KernelConfig = KernelConfig(),  # noqa: B008 - frozen
     ) -> None:
         super().__init__()
         self.model_name = model_name
@@ -81,6 +87,8 @@ class GRPOModule(pl.LightningModule):
         self.model_kwargs = dict(model_kwargs or {})
         self.tokenizer_name = tokenizer
         self.logprob_chunk_rows = logprob_chunk_rows
+        self.kernels = kernels
+        self._verified = False
         self.policy: Policy = cast("Policy", None)
         self.strict_loading = False  # checkpoints hold only what trains; `on_load_checkpoint` checks the rest
         self._window: list[Mapping[str, Stat]] = []
@@ -160,8 +168,10 @@ class GRPOModule(pl.LightningModule):
         }
 
     def on_fit_start(self) -> None:
-        """Checks that the model's logits are what this library computes."""
+        """Checks that the model's logits are what this library computes, and exchanges layers for speed."""
         self.policy.check_head()
+        self.policy.prepare(self.kernels, self.device)
+        self._verified = False
 
     def score(self, batch: RolloutBatch, *, old: bool) -> RolloutBatch:
         """Returns the batch with the log-probabilities that are taken without gradient.
@@ -184,6 +194,8 @@ class GRPOModule(pl.LightningModule):
     def training_step(self, batch: RolloutBatch | PromptBatch, batch_idx: int) -> Tensor:
         """Returns this micro-batch's share of the loss, scaled for Lightning's and DDP's averages."""
         rollout = self.score(_rollout_of(batch), old=False)
+        if not self._verified:
+            self._verify(rollout)
         weights = {"kl_coef": self.coefficients.kl, "entropy_coef": self.coefficients.entropy}
         logprobs, entropy, log_kept = self.policy.logprobs(rollout, entropy_grad=weights["entropy_coef"] != 0)
         rollout = rollout if log_kept is None else rollout.rescored(log_kept)
@@ -202,6 +214,25 @@ class GRPOModule(pl.LightningModule):
     def predict_step(self, batch: PromptBatch, batch_idx: int) -> dict[str, list[Any]] | None:
         """Returns the samples of the batch as columns."""
         return batch.samples
+
+    def _verify(self, rollout: RolloutBatch) -> None:
+        """Compares a few completions with the model as it was loaded, and logs how far apart they are."""
+        few = rollout.few()
+        if not few.lengths:
+            return
+        self._verified = True
+        distance = self.policy.distance_from_plain(few)
+        mean_distance = distance.mean().item()
+        self.log("check/logprob_distance_mean", mean_distance, batch_size=1)
+        self.log("check/logprob_distance_max", distance.max().item(), batch_size=1)
+        allowed = LARGEST_DISTANCE[self.policy.causal.dtype]
+        if not mean_distance <= allowed:
+            on = [key for key, chosen in self.policy.prepared.chosen.items() if chosen]
+            raise GRPOError(
+                f"the packed forward gives log-probabilities that are {mean_distance:.3g} nats on average "
+                f"from the model's own; at most {allowed:g} is rounding. Kernels: {', '.join(on) or 'none'}; "
+                "switch them off (model.kernels) or use another architecture"
+            )
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """Steps, and lets the reference follow; here, so that a checkpoint of this step holds both."""

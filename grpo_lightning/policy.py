@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from grpo_lightning.batch import RolloutBatch
 from grpo_lightning.errors import ConfigError
+from grpo_lightning.kernels import KernelConfig, Prepared
 from grpo_lightning.layouts import (
     PACKED,
     needs_padding,
@@ -59,6 +60,13 @@ class Policy(nn.Module):
         if self.padded_reason is None:
             register_packed_attention()
             self._set_attention(PACKED)
+        self.prepared = Prepared(causal, self.causal.get_decoder())
+
+    def prepare(self, kernels: KernelConfig, device: torch.device) -> None:
+        """Exchanges what `kernels` chooses for `device`; once, before the first forward that trains."""
+        self.prepared = Prepared(self.model, self.causal.get_decoder(), kernels.chosen(device))
+        if self.padded_reason is None and self.prepared.chosen["compile"]:
+            register_packed_attention(compiled_layers=True)
 
     @property
     def causal(self) -> Any:
@@ -114,20 +122,25 @@ class Policy(nn.Module):
         if batch.num_tokens == 0:
             return self._nothing(batch)
         if self.padded_reason is None:
-            return packed_hidden(decoder, batch)
+            return packed_hidden(decoder, batch, segments=self.prepared.chosen["attention"])
         return padded_hidden(decoder, batch, self.pad_id)
 
     def logprobs(self, batch: RolloutBatch, *, entropy_grad: bool = False) -> TokenScores:
         """Returns log-probabilities and entropies of the batch's completion tokens."""
+        return self._scores(self.completion_hidden(batch), batch, entropy_grad)
+
+    def _scores(self, hidden: Tensor, batch: RolloutBatch, entropy_grad: bool) -> TokenScores:
         head = self.causal.get_output_embeddings()
-        hidden = self.completion_hidden(batch).to(head.weight.dtype)
-        args = (hidden, head.weight, batch.target_ids, batch.temperature)
+        args = (hidden.to(head.weight.dtype), head.weight, batch.target_ids, batch.temperature)
         options = {
             "bias": getattr(head, "bias", None),
             "chunk_rows": self.chunk_rows,
             **head_scaling(self.causal.config),
         }
-        logprobs, entropies = fused_linear_logprobs(*args, entropy_grad=entropy_grad, **options)
+        backend = "triton" if self.prepared.chosen["head"] else "torch"
+        logprobs, entropies = fused_linear_logprobs(
+            *args, entropy_grad=entropy_grad, backend=backend, **options
+        )
         kept = batch.truncation
         log_kept = None if kept is None else kept_logmass(*args, kept=kept, **options)
         return TokenScores(logprobs, entropies, log_kept)
@@ -157,6 +170,18 @@ class Policy(nn.Module):
             self.model.train(training)
             if self.padded_reason is None:
                 self._set_attention(PACKED)
+
+    def distance_from_plain(self, batch: RolloutBatch) -> Tensor:
+        """Returns |log-probability - that of the model as loaded, one completion per row| [N], in nats."""
+        training = self.model.training
+        self.model.eval()
+        with torch.no_grad():
+            fast = self.logprobs(batch).logprobs
+            with self.prepared.plain(), self.generating():
+                rows = padded_hidden(self.causal.get_decoder(), batch, self.pad_id)
+                plain = self._scores(rows, batch, entropy_grad=False).logprobs
+        self.model.train(training)
+        return (fast - plain).abs()
 
     def check_head(self) -> None:
         """Raises unless the head as this library runs it gives the model's own logits, on a few tokens."""

@@ -20,7 +20,8 @@ class PackedLayout:
     bounds: tuple[tuple[int, int], ...]  # P pairs: first row of the group, row after its last
     segment_ids: Tensor  # [T] int64; 0 in prompts, 1, 2, ... in the completions of a group
     position_ids: Tensor  # [T] int64
-    shared: SharedPrompts
+    shared: SharedPrompts | None
+    """the same as segments; None where these are not wanted"""
     longest: int
     """tokens of the longest prompt with a completion"""
     masks: dict[int | None, list[Tensor]] = field(default_factory=dict[int | None, list[Tensor]])
@@ -33,6 +34,8 @@ class PackedLayout:
         group_ids: Sequence[int],
         segment_ids: Tensor,
         position_ids: Tensor,
+        *,
+        segments: bool = False,
     ) -> "PackedLayout":
         """Returns the layout of P prompts and S completions, `group_ids` sorted."""
         rows: list[list[int]] = [[] for _ in prompt_lengths]
@@ -43,7 +46,7 @@ class PackedLayout:
         longest = max(
             (p + max(own, default=0) for p, own in zip(prompt_lengths, rows, strict=True)), default=0
         )
-        shared = SharedPrompts.of(list(prompt_lengths), rows, segment_ids.device)
+        shared = SharedPrompts.of(list(prompt_lengths), rows, segment_ids.device) if segments else None
         return cls(tuple(zip([0, *ends][:-1], ends, strict=True)), segment_ids, position_ids, shared, longest)
 
     def group_masks(self, window: int | None) -> list[Tensor]:
@@ -73,7 +76,7 @@ def packed_attention(
         scale: multiplies query . key.
         window: sliding window in tokens; None looks back without limit.
     """
-    if runs_as_segments(query, layout, window):
+    if layout.shared is not None and runs_as_segments(query, layout, window):
         q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
         return shared_prompt_attention(q, k, v, layout.shared, scale, Flash()).transpose(0, 1)[None]
     parts = [

@@ -5,7 +5,7 @@ import torch
 from models import random_rollout, tiny_llama
 from tiny import tiny_tokenizer
 
-from grpo_lightning.fused import fuse_lora
+from grpo_lightning.kernels import KernelConfig
 from grpo_lightning.ops.lora_linear import lora_delta, lora_linear
 
 
@@ -67,8 +67,10 @@ def lora_policy(fused, **lora):
     for name, p in model.named_parameters():
         if "lora_B" in name:
             p.data.normal_(std=0.2, generator=g)
-    count = fuse_lora(model) if fused else 0
-    return Policy(model, tiny_tokenizer()), count
+    policy = Policy(model, tiny_tokenizer())
+    if fused:
+        policy.prepare(KernelConfig(lora="on"), torch.device("cpu"))
+    return policy, sum(type(m).__name__.startswith("Fused") for m in model.modules())
 
 
 def run(policy):

@@ -1,0 +1,132 @@
+"""Prepares a loaded model for speed; the one place where anything of it is exchanged.
+
+peft's LoRA layers keep their names, weights and config, and compute in one op: a layer becomes an instance of
+a subclass of its own class, so that saving, switching off and merging stay peft's. Decoder layers are
+compiled. `Prepared.plain` runs the model as it was.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from grpo_lightning.errors import ConfigError, choices
+from grpo_lightning.ops.lora_linear import lora_delta, lora_linear
+
+CHOICES = ("auto", "on", "off")
+AUTO = {"head": False, "attention": False, "lora": False, "compile": False}
+"""what `auto` takes on CUDA: a kernel is listed True once benchmarks/results shows what it gains"""
+
+
+@dataclass(frozen=True)
+class KernelConfig:
+    """Which fast paths run; each is `auto`, `on` or `off`, and off computes the same in plain torch.
+
+    Args:
+        head: the Triton kernel of the LM head's log-probabilities.
+        attention: flash attention over segments, a prompt once per group (half types on CUDA).
+        lora: a LoRA layer as one op, in the base's type with fp32 masters.
+        compile: torch.compile of every decoder layer, once for all lengths.
+    """
+
+    head: str = "auto"
+    attention: str = "auto"
+    lora: str = "auto"
+    compile: str = "auto"
+
+    def __post_init__(self) -> None:
+        for key, value in asdict(self).items():
+            if value not in CHOICES:
+                raise ConfigError(f"model.kernels.{key} is {choices(value, CHOICES)}")
+
+    def chosen(self, device: torch.device) -> dict[str, bool]:
+        """Returns which kernels run on `device`."""
+        auto = {key: on and device.type == "cuda" for key, on in AUTO.items()}
+        return {k: auto[k] if v == "auto" else v == "on" for k, v in asdict(self).items()}
+
+
+class Prepared:
+    """A model whose layers have been exchanged as `chosen` says.
+
+    Args:
+        model: a transformers model, wrapped by peft or not.
+        decoder: its decoder, the layers of which are compiled.
+        chosen: of `KernelConfig.chosen`; nothing is exchanged by default.
+    """
+
+    def __init__(self, model: nn.Module, decoder: nn.Module, chosen: dict[str, bool] | None = None) -> None:
+        self.chosen = chosen or dict.fromkeys(AUTO, False)
+        self._lora = [m for m in model.modules() if self.chosen["lora"] and _is_fusible(m)]
+        layers: Any = getattr(decoder, "layers", [])
+        self._compiled: list[nn.Module] = list(layers) if self.chosen["compile"] else []
+        self._stock = [type(m) for m in self._lora]
+        self._exchange()
+        for layer in self._compiled:
+            layer.compile(dynamic=True)
+
+    def _exchange(self) -> None:
+        for module, stock in zip(self._lora, self._stock, strict=True):
+            module.__class__ = _fused(stock)
+
+    @contextmanager
+    def plain(self) -> Iterator[None]:
+        """Runs everything as it was loaded."""
+        chosen, self.chosen = self.chosen, dict.fromkeys(AUTO, False)
+        calls = [layer._compiled_call_impl for layer in self._compiled]
+        for module, stock in zip(self._lora, self._stock, strict=True):
+            module.__class__ = stock
+        for layer in self._compiled:
+            layer._compiled_call_impl = None
+        try:
+            yield
+        finally:
+            self.chosen = chosen
+            self._exchange()
+            for layer, call in zip(self._compiled, calls, strict=True):
+                layer._compiled_call_impl = call
+
+
+def _is_fusible(module: nn.Module) -> bool:
+    return type(module).__module__.startswith("peft.") and type(module) in _peft_layers()
+
+
+@cache
+def _peft_layers() -> tuple[type, ...]:
+    from peft.tuners import lora
+
+    return tuple(c for c in (getattr(lora, n, None) for n in ("Linear", "Linear4bit")) if c is not None)
+
+
+@cache
+def _fused(stock: type) -> type:
+    """Returns `stock` with a forward in one op."""
+
+    def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        adapter = _adapter(self, x) if not args and not kwargs else None
+        if adapter is None:
+            return stock.forward(self, x, *args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
+        a, b, scaling, layer = adapter
+        if type(layer) is nn.Linear and layer.weight.dtype == x.dtype:
+            return lora_linear(x, layer.weight, layer.bias, a, b, scaling)
+        return lora_delta(layer(x), x, a, b, scaling)
+
+    return type(f"Fused{stock.__name__}", (stock,), {"forward": forward})
+
+
+def _adapter(layer: Any, x: Tensor) -> tuple[Tensor, Tensor, float, nn.Module] | None:
+    """Returns A, B, scaling and base layer where the op covers what the layer is to do, else None."""
+    names = [n for n in layer.active_adapters if n in layer.lora_A]
+    if layer.disable_adapters or layer.merged or len(names) != 1 or torch.is_autocast_enabled(x.device.type):
+        return None
+    (name,) = names
+    dropout = layer.lora_dropout[name]
+    plain = isinstance(dropout, nn.Identity) or not (layer.training and dropout.p)
+    base = layer.get_base_layer()
+    trains = base.weight.requires_grad or (base.bias is not None and base.bias.requires_grad)
+    if name in layer.lora_variant or layer.lora_bias[name] or layer.fan_in_fan_out or not plain or trains:
+        return None
+    return layer.lora_A[name].weight, layer.lora_B[name].weight, layer.scaling[name], base
