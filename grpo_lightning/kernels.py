@@ -76,16 +76,24 @@ class Prepared:
     def plain(self) -> Iterator[None]:
         """Runs everything as it was loaded."""
         chosen, self.chosen = self.chosen, dict.fromkeys(AUTO, False)
-        calls = [layer._compiled_call_impl for layer in self._compiled]
         for module, stock in zip(self._lora, self._stock, strict=True):
             module.__class__ = stock
+        try:
+            with self.eager():
+                yield
+        finally:
+            self.chosen = chosen
+            self._exchange()
+
+    @contextmanager
+    def eager(self) -> Iterator[None]:
+        """Runs layers uncompiled: decoding token by token would compile them again and again."""
+        calls = [layer._compiled_call_impl for layer in self._compiled]
         for layer in self._compiled:
             layer._compiled_call_impl = None
         try:
             yield
         finally:
-            self.chosen = chosen
-            self._exchange()
             for layer, call in zip(self._compiled, calls, strict=True):
                 layer._compiled_call_impl = call
 

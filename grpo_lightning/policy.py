@@ -164,7 +164,7 @@ class Policy(nn.Module):
         self._set_attention(self.stock_attention)
         self.model.eval()
         try:
-            with torch.no_grad():
+            with torch.no_grad(), self.prepared.eager():
                 yield self.causal
         finally:
             self.model.train(training)

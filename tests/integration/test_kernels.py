@@ -1,0 +1,119 @@
+"""A prepared model computes what it did as loaded; what does not is found on the first step."""
+
+import pytest
+import torch
+from models import random_rollout, tiny_llama
+from runs import data, module, rollout, rows_of, trainer, weights
+from tiny import tiny_tokenizer
+
+from grpo_lightning.errors import ConfigError, GRPOError
+from grpo_lightning.kernels import AUTO, KernelConfig
+from grpo_lightning.policy import Policy
+
+CPU = torch.device("cpu")
+
+
+def lora_policy():
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(0)
+    lora = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM")
+    model = get_peft_model(tiny_llama(), lora)
+    g = torch.Generator().manual_seed(1)
+    for name, p in model.named_parameters():
+        if "lora_B" in name:
+            p.data.normal_(std=0.2, generator=g)
+    return Policy(model, tiny_tokenizer())
+
+
+def test_training_is_the_same_with_the_fused_adapters(model_folder, tmp_path):
+    found = []
+    for choice in ("off", "on"):
+        m = module(
+            model_folder, kernels=KernelConfig(lora=choice), optimizer=lambda p: torch.optim.SGD(p, 0.5)
+        )
+        trainer(tmp_path / choice, rollout(updates_per_rollout=2), max_steps=4).fit(m, data())
+        found.append(weights(m))
+    assert max(w.abs().max().item() for n, w in found[0].items() if "lora_B" in n) > 1e-3
+    for name, w in found[0].items():
+        torch.testing.assert_close(found[1][name], w, atol=1e-5, rtol=0)
+
+
+def test_the_triton_head_trains_like_the_twin(model_folder, tmp_path):
+    found = []
+    for choice in ("off", "on"):
+        m = module(
+            model_folder, kernels=KernelConfig(head=choice), optimizer=lambda p: torch.optim.SGD(p, 0.5)
+        )
+        trainer(tmp_path / choice, rollout(), max_steps=2).fit(m, data())
+        found.append(weights(m))
+    for name, w in found[0].items():
+        torch.testing.assert_close(found[1][name], w, atol=1e-5, rtol=0)
+
+
+def test_compiled_layers_compute_the_same_and_compile_once(monkeypatch):
+    """With the backend that only traces: what is tested is which graphs there are, not how fast they run."""
+    from torch._dynamo.utils import counters
+
+    stock = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda m, **k: stock(m, **{**k, "backend": "aot_eager"}))
+    policy, b = lora_policy(), random_rollout(seed=3)
+    want = policy.logprobs(b).logprobs
+    want.sum().backward()
+    gradients = {n: p.grad.clone() for n, p in policy.trainable().items()}
+    policy.zero_grad()
+    policy.prepare(KernelConfig(lora="on", compile="on"), CPU)
+    got = policy.logprobs(b).logprobs
+    got.sum().backward()
+    torch.testing.assert_close(got, want, atol=1e-5, rtol=0)
+    for name, p in policy.trainable().items():
+        torch.testing.assert_close(p.grad, gradients[name], atol=1e-4, rtol=1e-4)
+    graphs = None
+    for seed in range(6):
+        b = random_rollout(seed=seed, prompts=2 + seed % 3, longest=5 + seed)
+        policy.logprobs(b).logprobs.sum().backward()
+        with torch.no_grad(), policy.reference():
+            policy.logprobs(b)
+        if seed >= 2:
+            graphs = graphs or counters["stats"]["unique_graphs"]
+            assert counters["stats"]["unique_graphs"] == graphs
+    with policy.generating() as causal:  # decoding compiles nothing
+        causal(input_ids=torch.tensor([[3, 4, 5]]))
+    assert counters["stats"]["unique_graphs"] == graphs
+    assert policy.distance_from_plain(random_rollout(seed=4)).max() < 1e-4
+
+
+def test_the_first_step_is_compared_with_the_model_as_loaded(model_folder, tmp_path):
+    m = module(model_folder, kernels=KernelConfig(lora="on"))
+    trainer(tmp_path, rollout(), max_steps=2).fit(m, data())
+    first = next(r for r in rows_of(tmp_path) if r["loss"])
+    assert (
+        0 <= float(first["check/logprob_distance_mean"]) <= float(first["check/logprob_distance_max"]) < 1e-4
+    )
+
+
+def test_a_kernel_that_computes_something_else_stops_the_run(model_folder, tmp_path, monkeypatch):
+    from grpo_lightning import kernels
+
+    monkeypatch.setattr(kernels, "lora_linear", lambda x, w, *args: x @ w.T * 1.1)
+    m = module(model_folder, kernels=KernelConfig(lora="on"))
+    with pytest.raises(GRPOError, match=r"Kernels: lora; switch them off"):
+        trainer(tmp_path, rollout(), max_steps=2).fit(m, data())
+
+
+def test_choices():
+    assert KernelConfig().chosen(CPU) == dict.fromkeys(AUTO, False)
+    assert KernelConfig(lora="on").chosen(CPU)["lora"]
+    assert set(KernelConfig(head="off").chosen(torch.device("cuda"))) == set(AUTO)
+    assert not KernelConfig(head="off").chosen(torch.device("cuda"))["head"]
+    with pytest.raises(ConfigError, match=r"model\.kernels\.compile is 'yes'"):
+        KernelConfig(compile="yes")
+
+
+def test_few_takes_completions_of_the_first_and_the_last_group():
+    b = random_rollout(prompts=3, group=4, seed=1)
+    few = b.few()
+    assert len(few.prompt_lengths) == 2
+    assert 2 <= len(few.lengths) <= 4
+    assert all(few.lengths)
+    assert random_rollout().take([]).few().lengths == ()
