@@ -6,6 +6,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 
 from grpo_lightning.lora import check_lora
+from grpo_lightning.ops.offload import Offloader
 from grpo_lightning.policy import Policy, unwrap
 
 
@@ -15,7 +16,7 @@ def load_policy(
     *,
     lora: Any = None,
     model_kwargs: dict[str, Any] | None = None,
-    gradient_checkpointing: bool = True,
+    gradient_checkpointing: bool | str = True,
     disable_dropout: bool = True,
     keep_reference: bool = False,
     chunk_rows: int | None = None,
@@ -27,7 +28,8 @@ def load_policy(
         tokenizer: its tokenizer.
         lora: a peft LoraConfig, or None to train every weight.
         model_kwargs: passed to `from_pretrained`.
-        gradient_checkpointing: recompute activations in the backward.
+        gradient_checkpointing: recompute activations in the backward; `offload` keeps the layers' inputs in
+            host memory meanwhile.
         disable_dropout: set every dropout of the base model to 0.
         keep_reference: keep a copy of what trains as reference.
         chunk_rows: rows of logits that exist at one time.
@@ -43,6 +45,8 @@ def load_policy(
         # transformers 5.23 renames it and warns about the old name.
         enable = getattr(causal, "activation_checkpointing_enable", causal.gradient_checkpointing_enable)
         enable({"use_reentrant": False})
+    if gradient_checkpointing == "offload":
+        _offload(causal)
     model = causal
     if lora is not None:
         from peft import get_peft_model
@@ -55,6 +59,14 @@ def load_policy(
             f"{type(unwrap(model)).__name__} runs padded, not packed, because {policy.padded_reason}"
         )
     return policy
+
+
+def _offload(model: torch.nn.Module) -> None:
+    """Gives every layer a checkpoint function that keeps its input in host memory (transformers' seam)."""
+    offloader = Offloader()
+    for module in model.modules():
+        if hasattr(module, "gradient_checkpointing"):
+            setattr(module, "_gradient_checkpointing_func", offloader.checkpoint)  # noqa: B010 - a function
 
 
 def _disable_dropout(model: torch.nn.Module) -> None:

@@ -4,7 +4,7 @@ elsewhere."""
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import lightning.pytorch as pl
 import torch
@@ -49,7 +49,8 @@ class GRPOModule(pl.LightningModule):
         optimizer: any torch optimizer by class path, e.g. torch.optim.AdamW or bitsandbytes.optim.AdamW8bit.
         scheduler: any learning-rate scheduler by class path; it steps once per optimizer step.
         reference: lets the reference policy of the KL term follow; null keeps the policy of the start.
-        gradient_checkpointing: recompute activations in the backward instead of keeping them.
+        gradient_checkpointing: recompute activations in the backward instead of keeping them; `offload` also
+            keeps the layers' inputs in host memory (Unsloth's "unsloth").
         disable_dropout: switch the model's dropout off; with dropout the ratio is not 1 on the first pass.
         trust_remote_code: run Python code that comes with the model.
         model_kwargs: passed to `from_pretrained`, e.g. {dtype: bfloat16, revision: main}.
@@ -66,7 +67,7 @@ class GRPOModule(pl.LightningModule):
         optimizer: OptimizerCallable = _adamw,
         scheduler: LRSchedulerCallable | None = None,
         reference: ReferenceConfig | None = None,
-        gradient_checkpointing: bool = True,
+        gradient_checkpointing: bool | Literal["offload"] = True,
         disable_dropout: bool = True,
         trust_remote_code: bool = False,
         model_kwargs: dict[str, Any] | None = None,

@@ -1,0 +1,122 @@
+"""The LM head's log-probabilities, forward and backward with a frozen head, beside other libraries' heads.
+
+python benchmarks/bench_head.py                  # one GPU, the sizes of docs/performance.md
+python benchmarks/bench_head.py --small          # a CPU, to see that it runs
+"""
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from measure import race, save, setting, table
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from peers.heads import Head, installed
+
+from grpo_lightning.ops import fused_linear_logprobs
+
+
+def ours(backend: str, **options: Any) -> Head:
+    """Returns our head with a backend."""
+    return lambda h, w, ids: fused_linear_logprobs(h, w, ids, backend=backend, **options)
+
+
+def error(head: Head, hidden: Tensor, weight: Tensor, ids: Tensor) -> float:
+    """Returns the largest difference from fp64 over 256 rows, in nats."""
+    h, y = hidden.detach()[:256], ids[:256]
+    with torch.no_grad():
+        logp, _ = head(h, weight, y)
+        want = (h.double() @ weight.double().T).log_softmax(-1).gather(1, y[:, None])[:, 0]
+    return (logp.double() - want).abs().max().item()
+
+
+def floor(hidden: Tensor, weight: Tensor) -> Any:
+    """Returns the two products that no design can do without."""
+    rows = min(1024, hidden.shape[0])
+    buffer = torch.empty(rows, weight.shape[0], dtype=hidden.dtype, device=hidden.device)
+    out = torch.empty_like(hidden[:rows])
+
+    def run() -> None:
+        for h in hidden.detach().split(rows):
+            torch.mm(h, weight.T, out=buffer[: len(h)])
+            torch.mm(buffer[: len(h)], weight, out=out[: len(h)])
+
+    return run
+
+
+def measure(n: int, width: int, vocabulary: int, device: torch.device, repeats: int) -> dict[str, Any]:
+    """Returns one row per contender for one size."""
+    g = torch.Generator(device).manual_seed(0)
+    half = torch.bfloat16 if device.type == "cuda" else torch.float32
+    hidden = torch.randn(n, width, device=device, generator=g).to(half).requires_grad_()
+    weight = (torch.randn(vocabulary, width, device=device, generator=g) * width**-0.5).to(half)
+    ids = torch.randint(0, vocabulary, (n,), device=device, generator=g)
+    grad = torch.randn(n, device=device, generator=g)
+    heads = {"ours, Triton": ours("triton"), "ours, torch twin": ours("torch"), **installed()}
+
+    def step(head: Head) -> Any:
+        def run() -> None:
+            hidden.grad = None
+            logp, _ = head(hidden, weight, ids)
+            logp.backward(grad.to(logp.dtype))
+
+        return run
+
+    runs = {"floor: two products": floor(hidden, weight), **{name: step(h) for name, h in heads.items()}}
+    rows = race(runs, device, repeats)
+    for name, head in heads.items():
+        if "failed" not in rows[name] and "loss instead" not in name:
+            rows[name]["error_nats"] = error(head, hidden, weight, ids)
+    hidden.grad = None
+    with torch.no_grad():
+        forward = {f"{name}, no gradient": lambda h=h: h(hidden, weight, ids) for name, h in heads.items()}
+        rows |= race(forward, device, max(repeats // 2, 1))
+    return rows
+
+
+def show(rows: dict[str, Any]) -> str:
+    """Returns the table of one size."""
+    least, first = rows["floor: two products"]["median_ms"], rows["ours, Triton"].get("median_ms")
+
+    def cells(name: str, r: dict[str, Any]) -> list[str]:
+        if "failed" in r:
+            return [name, r["failed"][:60], "", "", "", ""]
+        ratio = "" if first is None or "no gradient" in name else f"{r['median_ms'] / first:.2f}x"
+        far = f"{r['error_nats']:.1e}" if "error_nats" in r else ""
+        share = "" if "no gradient" in name else f"{least / r['median_ms']:.0%}"
+        return [name, f"{r['median_ms']:.2f}", ratio, share, f"{r['peak_mib']:.0f}", far]
+
+    header = ("head", "ms", "to ours", "of floor rate", "peak MiB", "max |dlogp|")
+    return table(header, [cells(n, r) for n, r in rows.items()])
+
+
+def main() -> None:
+    """Measures every size and writes the result."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rows", type=int, nargs="+", default=[16_384])
+    parser.add_argument("--hidden", type=int, nargs="+", default=[896, 2048, 4096])
+    parser.add_argument("--vocabulary", type=int, default=151_936)
+    parser.add_argument("--repeats", type=int, default=10)
+    parser.add_argument("--small", action="store_true", help="tiny sizes on the CPU")
+    parser.add_argument("--out", type=Path, default=None, help="folder of the result")
+    args = parser.parse_args()
+    device = torch.device("cpu" if args.small else "cuda")
+    if args.small:
+        args.rows, args.hidden, args.vocabulary, args.repeats = [64], [32], 997, 2
+    result: dict[str, Any] = {"setting": setting(device), "sizes": {}}
+    for n in args.rows:
+        for width in args.hidden:
+            name = f"N {n}, H {width}, V {args.vocabulary}"
+            rows = measure(n, width, args.vocabulary, device, args.repeats)
+            result["sizes"][name] = rows
+            print(f"\n{name}\n{show(rows)}", flush=True)
+    if not args.small:
+        print(save("head", result, args.out))
+
+
+if __name__ == "__main__":
+    main()

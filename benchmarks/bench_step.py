@@ -1,0 +1,128 @@
+"""One training step (forward, loss, backward) on one rollout, piece by piece, beside other layouts.
+
+python benchmarks/bench_step.py --shape 0.5B --work gsm8k-like      # one GPU
+python benchmarks/bench_step.py --small                             # a CPU, to see that it runs
+"""
+
+import argparse
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from measure import race, save, setting, table
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+
+from tiny import tiny_tokenizer
+from workloads import SHAPES, WORKLOADS, floor_ms, make_model, make_rollout
+
+from grpo_lightning.batch import RolloutBatch
+from grpo_lightning.kernels import KernelConfig
+from grpo_lightning.losses import LossConfig
+from grpo_lightning.ops import policy_loss
+from grpo_lightning.policy import Policy
+
+OFF = {"head": "off", "attention": "off", "lora": "off", "compile": "off"}
+PIECES = (  # each adds one to those above it: name, kernels, micro-batches, layout
+    ("padded, PEFT, torch head, 4 parts", {}, 4, "padded"),
+    ("+ Triton head", {"head": "on"}, 4, "padded"),
+    ("+ packed, shared prompts", {"attention": "on"}, 4, "packed"),
+    ("+ fused LoRA", {"lora": "on"}, 4, "packed"),
+    ("+ one micro-batch", {}, 1, "packed"),
+    ("+ compiled layers", {"compile": "on"}, 1, "packed"),
+)
+
+
+def step(policy: Policy, batch: RolloutBatch, parts: int) -> torch.Tensor:
+    """Runs one step and returns the gradient of all adapters, flat."""
+    policy.zero_grad(set_to_none=True)
+    for part in batch.split(parts):
+        logprobs, entropy, _ = policy.logprobs(part)
+        policy_loss(logprobs, part, LossConfig("dapo"), entropy).loss.backward()
+    return torch.cat([p.grad.flatten() for p in policy.trainable().values() if p.grad is not None])
+
+
+def measure(shape: str, work: str, device: torch.device, repeats: int) -> dict[str, Any]:
+    """Returns a row per piece, and one for the step without dead groups."""
+    batch = make_rollout(WORKLOADS[work], SHAPES[shape]["vocab_size"]).to(device)
+    model = make_model(shape, device)
+    rows: dict[str, Any] = {}
+    chosen, reference = dict(OFF), None
+    for name, kernels, parts, layout in PIECES:
+        chosen |= kernels
+        policy = Policy(model, tiny_tokenizer())
+        policy.padded_reason = "asked for" if layout == "padded" else None
+        if layout == "padded":
+            policy._set_attention("sdpa")
+        policy.prepare(KernelConfig(**chosen), device)
+
+        def run(policy: Policy = policy, parts: int = parts) -> torch.Tensor:
+            return step(policy, batch, parts)
+
+        rows |= race({name: run}, device, repeats)
+        if "failed" not in rows[name]:
+            gradient = run().double()
+            reference = gradient if reference is None else reference
+            rows[name]["gradient_error"] = ((gradient - reference).norm() / reference.norm()).item()
+    half = make_rollout(WORKLOADS[work], SHAPES[shape]["vocab_size"], dead=0.5).to(device)
+    alive = half.without_groups(half.dead_groups())
+    rows |= race({"half of the groups dead, skipped": lambda: step(policy, alive, 1)}, device, repeats)
+    if find_spec("trl"):
+        from peers.trl_step import trl_step
+
+        run_trl = trl_step(make_model(shape, device), batch, 4)
+        rows |= race({"TRL 1.16's own step, 4 parts (imported)": run_trl}, device, repeats)
+    return {
+        "rows": rows,
+        "floor_ms": floor_ms(model, batch),
+        "tokens": batch.num_tokens,
+        "padded_slots": len(batch.lengths) * (max(batch.prompt_lengths) + max(batch.lengths)),
+    }
+
+
+def show(result: dict[str, Any]) -> str:
+    """Returns the table of one workload."""
+    rows = result["rows"]
+    slowest = next(iter(rows.values())).get("median_ms")
+
+    def cells(name: str, r: dict[str, Any]) -> list[str]:
+        if "failed" in r:
+            return [name, r["failed"][:60], "", "", "", "", ""]
+        times = f"{slowest / r['median_ms']:.2f}x" if slowest else ""
+        share = f"{result['floor_ms'] / r['median_ms']:.0%}" if "dead" not in name else ""
+        far = f"{r['gradient_error']:.1e}" if "gradient_error" in r else ""
+        warm = f"{r['first_ms'] / 1e3:.1f}"
+        return [name, f"{r['median_ms']:.1f}", times, share, f"{r['peak_mib'] / 1024:.1f}", warm, far]
+
+    header = ("step", "ms", "speed-up", "of floor", "peak GiB", "first s", "gradient")
+    return table(header, [cells(n, r) for n, r in rows.items()])
+
+
+def main() -> None:
+    """Measures and writes the result."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--shape", nargs="+", default=["0.5B", "1.5B"], choices=list(SHAPES))
+    parser.add_argument("--work", nargs="+", default=["gsm8k-like"], choices=list(WORKLOADS))
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--small", action="store_true", help="tiny sizes on the CPU")
+    parser.add_argument("--out", type=Path, default=None, help="folder of the result")
+    args = parser.parse_args()
+    device = torch.device("cpu" if args.small else "cuda")
+    if args.small:
+        args.shape, args.work, args.repeats = ["tiny"], ["tiny"], 2
+    result: dict[str, Any] = {"setting": setting(device)}
+    for shape in args.shape:
+        for work in args.work:
+            found = measure(shape, work, device, args.repeats)
+            result[f"{shape}, {work}"] = found
+            print(f"\n{shape}, {work}: {found['tokens']} tokens, {found['padded_slots']} padded slots")
+            print(show(found), flush=True)
+    if not args.small:
+        print(save("step", result, args.out))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,139 @@
+"""The kernels on a GPU against fp64; run with `pytest -m gpu tests/gpu tests/unit/test_head_triton.py`."""
+
+import pytest
+import torch
+from models import random_rollout, tiny_llama
+from tiny import tiny_tokenizer
+
+from grpo_lightning.kernels import KernelConfig
+from grpo_lightning.ops import fused_linear_logprobs
+from grpo_lightning.ops.lora_linear import lora_linear
+from grpo_lightning.ops.varlen import Dense, Flash, SharedPrompts, shared_prompt_attention
+from grpo_lightning.policy import Policy
+
+pytestmark = pytest.mark.gpu
+EVERYTHING = KernelConfig(head="on", attention="on", lora="on", compile="on")
+
+
+def relative(got, want):
+    return ((got.double() - want.double()).norm() / want.double().norm()).item()
+
+
+def draw(*shape, seed=0):
+    return torch.randn(*shape, device="cuda", generator=torch.Generator("cuda").manual_seed(seed))
+
+
+@pytest.mark.parametrize(("heads", "kv_heads", "width"), [(14, 2, 64), (16, 2, 128), (4, 4, 64)])
+def test_shared_prompts_against_fp64(heads, kv_heads, width):
+    prompts, rows = [130, 1, 77], [[40, 3, 0, 255], [5], [1, 64, 90]]
+    total = sum(prompts) + sum(map(sum, rows))
+    layout = SharedPrompts.of(prompts, rows, torch.device("cuda"))
+    half = [draw(total, h, width, seed=i).bfloat16() for i, h in enumerate((heads, kv_heads, kv_heads))]
+    exact = [x.double().requires_grad_() for x in half]
+    half = [x.requires_grad_() for x in half]
+    got = shared_prompt_attention(*half, layout, width**-0.5, Flash())
+    want = shared_prompt_attention(*exact, layout, width**-0.5, Dense())
+    assert relative(got, want) < 5e-3
+    dout = draw(*got.shape, seed=9).bfloat16()
+    ours = torch.autograd.grad(got, half, dout)
+    theirs = torch.autograd.grad(want, exact, dout.double())
+    for a, b in zip(ours, theirs, strict=True):
+        assert a.isfinite().all()
+        assert relative(a, b) < 8e-3
+
+
+def test_fused_lora_against_fp64():
+    x, w, bias = draw(300, 256).bfloat16(), draw(512, 256, seed=1).bfloat16(), draw(512, seed=2).bfloat16()
+    a, b = draw(16, 256, seed=3), draw(512, 16, seed=4)
+    x.requires_grad_()
+    a.requires_grad_()
+    b.requires_grad_()
+    y = lora_linear(x, w, bias, a, b, 0.5)
+    dy = draw(300, 512, seed=5).bfloat16()
+    y.backward(dy)
+    exact = [t.detach().double().requires_grad_(t.requires_grad) for t in (x, w, bias, a, b)]
+    want = exact[0] @ exact[1].T + exact[2] + 0.5 * (exact[0] @ exact[3].T) @ exact[4].T
+    want.backward(dy.double())
+    assert relative(y, want) < 1e-2
+    for got, ref in ((x, exact[0]), (a, exact[3]), (b, exact[4])):
+        assert relative(got.grad, ref.grad) < 1e-2
+    assert a.grad.dtype == torch.float32
+
+
+def test_head_in_chunks_with_softcap_and_temperatures():
+    h, w = draw(1000, 512).bfloat16().requires_grad_(), (draw(32_001, 512, seed=1) * 0.1).bfloat16()
+    ids = torch.randint(0, 32_001, (1000,), device="cuda")
+    tau = torch.linspace(0.3, 2.0, 1000, device="cuda")
+    logp, entropy = fused_linear_logprobs(
+        h, w, ids, tau, softcap=30.0, entropy_grad=True, chunk_rows=384, backend="triton"
+    )
+    h64 = h.detach().double().requires_grad_()
+    x = (30 * torch.tanh(h64 @ w.double().T / 30) / tau.double()[:, None]).log_softmax(-1)
+    want, want_entropy = x.gather(1, ids[:, None])[:, 0], -(x.exp() * x).sum(1)
+    torch.testing.assert_close(logp.double(), want, atol=1e-4, rtol=0)
+    torch.testing.assert_close(entropy.double(), want_entropy, atol=1e-4, rtol=1e-5)
+    g, e = draw(1000, seed=2), draw(1000, seed=3)
+    torch.autograd.backward([logp, entropy], [g, e])
+    torch.autograd.backward([want, want_entropy], [g.double(), e.double()])
+    assert relative(h.grad, h64.grad) < 5e-3
+
+
+def lora_policy(dtype=torch.bfloat16, kernels=None):
+    from peft import LoraConfig, get_peft_model
+
+    base = tiny_llama(hidden_size=256, intermediate_size=512, head_dim=64, vocab_size=2048)
+    lora = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
+    torch.manual_seed(0)
+    model = get_peft_model(base.to("cuda", dtype), lora)
+    g = torch.Generator().manual_seed(1)
+    for name, p in model.named_parameters():
+        if "lora_B" in name:
+            p.data.copy_(torch.randn(p.shape, generator=g) * 0.05)
+    policy = Policy(model, tiny_tokenizer())
+    if kernels is not None:
+        policy.prepare(kernels, torch.device("cuda"))
+    return policy
+
+
+def gradient(policy, b):
+    policy.zero_grad(set_to_none=True)
+    (policy.logprobs(b).logprobs * b.advantages[b.sequence_ids]).sum().backward()
+    return torch.cat([p.grad.flatten() for p in policy.trainable().values()])
+
+
+def test_a_whole_policy_is_as_near_to_fp32_as_without_kernels():
+    b = random_rollout(prompts=5, group=6, longest=60, vocab=2048).to("cuda")
+    exact = gradient(lora_policy(torch.float32), b)
+    plain = relative(gradient(lora_policy(), b), exact)
+    fast = lora_policy(kernels=EVERYTHING)
+    assert relative(gradient(fast, b), exact) < 1.5 * plain + 1e-3
+    assert fast.distance_from_plain(b).mean() < 0.05
+
+
+def test_completions_do_not_see_their_neighbours():
+    policy = lora_policy(kernels=KernelConfig(attention="on"))
+    b = random_rollout(prompts=3, group=4, longest=40, vocab=2048, seed=2).to("cuda")
+    alone = b.take([5])
+    with torch.no_grad():
+        among = policy.logprobs(b).logprobs[b.sequence_ids == 5]
+        torch.testing.assert_close(policy.logprobs(alone).logprobs, among, atol=0.05, rtol=0)
+
+
+def test_nothing_compiles_after_the_third_step():
+    """Triton's and torch's compilers, over 30 batches of other lengths."""
+    import triton
+    from torch._dynamo.utils import counters
+
+    compiled = []
+    triton.knobs.runtime.jit_post_compile_hook = lambda *args, **kwargs: compiled.append(args)
+    try:
+        policy = lora_policy(kernels=EVERYTHING)
+        for step in range(30):
+            b = random_rollout(prompts=2 + step % 5, group=4, longest=20 + 3 * step, vocab=2048, seed=step)
+            gradient(policy, b.to("cuda"))
+            if step == 2:
+                known = (len(compiled), counters["stats"]["unique_graphs"])
+        assert (len(compiled), counters["stats"]["unique_graphs"]) == known
+        assert known[0] > 0
+    finally:
+        triton.knobs.runtime.jit_post_compile_hook = None
