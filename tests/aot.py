@@ -1,0 +1,50 @@
+"""Compiles every kernel for compute capability 9.0 without a GPU; the interpreter does not check types.
+
+Run by test_aot.py in a process of its own, since there the kernels must not be interpreted.
+"""
+
+import itertools
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from grpo_lightning.ops import head_triton
+
+TARGET = GPUTarget("cuda", 90, 32)
+ROWS = {
+    "z_ptr": "*fp32", "bias_ptr": "*fp32", "ids_ptr": "*i64", "tau_ptr": "*fp32", "g_ptr": "*fp32",
+    "e_ptr": "*fp32", "logp_ptr": "*fp32", "entropy_ptr": "*fp32", "q_ptr": "*bf16", "z_stride": "i32",
+    "q_stride": "i32", "vocabulary": "i32", "scale": "fp32", "cap": "fp32",
+}  # fmt: skip
+
+
+def build(kernel: Any, signature: dict[str, str], constants: dict[str, Any]) -> bytes:
+    """Returns the machine code of one variant."""
+    types = {**signature, **dict.fromkeys(constants, "constexpr")}
+    places = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
+    source = ASTSource(fn=kernel, signature=types, constexprs=places)
+    return triton.compile(source, target=TARGET, options={"num_warps": 4}).asm["cubin"]
+
+
+def main() -> None:
+    """Compiles all variants and says how many."""
+    count = 0
+    flags = itertools.product((False, True), (None, "*fp32", "*bf16"), (None, "*fp32", "*bf16", "*fp16"))
+    for cap, bias, q in flags:
+        for with_entropy in {False, q is not None}:
+            signature = {**ROWS, "bias_ptr": bias or "*fp32", "q_ptr": q or "*fp32"}
+            constants = {"HAS_CAP": cap, "HAS_BIAS": bias is not None, "WANT_Q": q is not None}
+            constants |= {"HAS_E": with_entropy, "BLOCK": 2048}
+            assert build(head_triton._rows, signature, constants)
+            count += 1
+    for dtype in ("*bf16", "*fp16", "*fp32"):
+        signature = {"x_ptr": dtype, "g_ptr": "*fp32", "out_ptr": dtype, "stride": "i32", "width": "i32"}
+        assert build(head_triton._scale, signature, {"BLOCK": 1024})
+        count += 1
+    print(f"compiled {count} variants with triton {triton.__version__}")
+
+
+if __name__ == "__main__":
+    main()
