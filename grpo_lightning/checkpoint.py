@@ -68,6 +68,7 @@ def _identity(module: "GRPOModule") -> dict[str, Any]:
     return {
         "format": FORMAT,
         "model.model_name": module.model_name,
+        "model.quantization": module.quantization,
         "model.reference": None if module.reference is None else asdict(module.reference),
         "model.lora": lora_identity(module.lora),
     }

@@ -18,6 +18,7 @@ def load_policy(
     model_kwargs: dict[str, Any] | None = None,
     gradient_checkpointing: bool | str = True,
     disable_dropout: bool = True,
+    quantization: str | None = None,
     keep_reference: bool = False,
     chunk_rows: int | None = None,
 ) -> Policy:
@@ -31,14 +32,19 @@ def load_policy(
         gradient_checkpointing: recompute activations in the backward; `offload` keeps the layers' inputs in
             host memory meanwhile.
         disable_dropout: set every dropout of the base model to 0.
+        quantization: `nf4` loads the base in 4 bit (bitsandbytes, scales quantised too); adapters train.
         keep_reference: keep a copy of what trains as reference.
         chunk_rows: rows of logits that exist at one time.
     """
     from transformers import AutoModelForCausalLM
 
     kwargs = {"dtype": torch.get_default_dtype(), "use_safetensors": True, **(model_kwargs or {})}
+    if quantization is not None:
+        kwargs["quantization_config"] = _four_bit(kwargs["dtype"])
     # Under bf16-true Lightning sets the default dtype; a model is built in it either way.
     causal = AutoModelForCausalLM.from_pretrained(path, **kwargs)
+    if quantization is not None:
+        _keep_base_as_it_is(causal)
     if disable_dropout:
         _disable_dropout(causal)
     if gradient_checkpointing:
@@ -59,6 +65,26 @@ def load_policy(
             f"{type(unwrap(model)).__name__} runs padded, not packed, because {policy.padded_reason}"
         )
     return policy
+
+
+def _four_bit(dtype: torch.dtype) -> Any:
+    """Returns QLoRA's setting (2305.14314): NF4 blocks whose scales are quantised again."""
+    from transformers import BitsAndBytesConfig
+
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+    )
+
+
+def _keep_base_as_it_is(model: torch.nn.Module) -> None:
+    """Switches off bitsandbytes' packing for CPUs: saving undoes it with loss, which would change the base
+    that trains."""
+    for module in model.modules():
+        if getattr(module, "support_avx512bf16_for_cpu", False):
+            setattr(module, "support_avx512bf16_for_cpu", False)  # noqa: B010 - a plain flag
 
 
 def _offload(model: torch.nn.Module) -> None:

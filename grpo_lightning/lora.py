@@ -1,6 +1,7 @@
 """peft's LoraConfig: made from a mapping, checked, compared. Imports peft only where one is made."""
 
 from collections.abc import Mapping
+from importlib.util import find_spec
 from typing import Any
 
 from lightning.pytorch.utilities import rank_zero_warn
@@ -33,6 +34,22 @@ def check_lora(lora: Any) -> None:
         rank_zero_warn(
             f"model.lora.lora_dropout is {lora.lora_dropout}: the ratio is not 1 on the first pass, and the "
             "gradient depends on how a rollout is split; 0 avoids both"
+        )
+
+
+def check_quantization(quantization: str | None, lora: Any) -> None:
+    """Raises ConfigError if a quantised base cannot be loaded or trained."""
+    if quantization is None:
+        return
+    if lora is None:
+        raise ConfigError(
+            f"model.quantization is {quantization!r} but model.lora is null: rounded weights do not train; "
+            "set model.lora, e.g. {r: 16, lora_alpha: 32}"
+        )
+    if find_spec("bitsandbytes") is None:
+        raise ConfigError(
+            f"model.quantization is {quantization!r} but bitsandbytes is not installed: "
+            "pip install 'grpo-lightning[qlora]'"
         )
 
 

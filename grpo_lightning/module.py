@@ -16,7 +16,7 @@ from grpo_lightning.batch import RolloutBatch
 from grpo_lightning.checkpoint import load, save
 from grpo_lightning.errors import ConfigError, GRPOError
 from grpo_lightning.kernels import KernelConfig
-from grpo_lightning.lora import lora_config, starts_as_base
+from grpo_lightning.lora import check_quantization, lora_config, starts_as_base
 from grpo_lightning.losses import Coefficients, LossConfig
 from grpo_lightning.metrics import over_ranks
 from grpo_lightning.models import named, resolve_model
@@ -49,6 +49,7 @@ class GRPOModule(pl.LightningModule):
         optimizer: any torch optimizer by class path, e.g. torch.optim.AdamW or bitsandbytes.optim.AdamW8bit.
         scheduler: any learning-rate scheduler by class path; it steps once per optimizer step.
         reference: lets the reference policy of the KL term follow; null keeps the policy of the start.
+        quantization: nf4 keeps the base in 4 bit (bitsandbytes) and trains an adapter on it: QLoRA.
         gradient_checkpointing: recompute activations in the backward instead of keeping them; `offload` also
             keeps the layers' inputs in host memory (Unsloth's "unsloth").
         disable_dropout: switch the model's dropout off; with dropout the ratio is not 1 on the first pass.
@@ -67,6 +68,7 @@ class GRPOModule(pl.LightningModule):
         optimizer: OptimizerCallable = _adamw,
         scheduler: LRSchedulerCallable | None = None,
         reference: ReferenceConfig | None = None,
+        quantization: Literal["nf4"] | None = None,
         gradient_checkpointing: bool | Literal["offload"] = True,
         disable_dropout: bool = True,
         trust_remote_code: bool = False,
@@ -82,6 +84,7 @@ class GRPOModule(pl.LightningModule):
         self.make_optimizer = optimizer
         self.make_scheduler = scheduler
         self.reference = reference
+        self.quantization = quantization
         self.gradient_checkpointing = gradient_checkpointing
         self.disable_dropout = disable_dropout
         self.trust_remote_code = trust_remote_code
@@ -107,8 +110,8 @@ class GRPOModule(pl.LightningModule):
         return lora_config(self._lora)
 
     def setup(self, stage: str) -> None:
-        """Checks the adapter's options before weights are loaded."""
-        _ = self.lora
+        """Checks the options of adapter and quantisation before weights are loaded."""
+        check_quantization(self.quantization, self.lora)
 
     @property
     def model_path(self) -> str:
@@ -153,6 +156,7 @@ class GRPOModule(pl.LightningModule):
             model_kwargs={"trust_remote_code": self.trust_remote_code, **self.model_kwargs},
             gradient_checkpointing=self.gradient_checkpointing,
             disable_dropout=self.disable_dropout,
+            quantization=self.quantization,
             keep_reference=self.loss.kl_coef != 0
             and (self.reference is not None or not starts_as_base(self.lora)),
             chunk_rows=self.logprob_chunk_rows,

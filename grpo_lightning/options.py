@@ -193,7 +193,6 @@ _NO_PLACE = ("not offered", "planned", "derived")
 NOT_YET = (
     "model.router_loss_coef",
     "model.lm_head_fp32",
-    "model.quantization",
     "rollout.engine.init_args.model_impl",
     "rollout.engine.init_args.url",
     "rollout.engine.init_args.timeout_s",

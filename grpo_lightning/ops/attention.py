@@ -3,8 +3,10 @@
 Half types on CUDA run as segments (`varlen.py`). Everything else runs group by group with an explicit mask.
 """
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -76,9 +78,12 @@ def packed_attention(
         scale: multiplies query . key.
         window: sliding window in tokens; None looks back without limit.
     """
-    if layout.shared is not None and runs_as_segments(query, layout, window):
-        q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
-        return shared_prompt_attention(q, k, v, layout.shared, scale, Flash()).transpose(0, 1)[None]
+    if layout.shared is not None:
+        reason = why_not_segments(query, layout, window)
+        if reason is None:
+            q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+            return shared_prompt_attention(q, k, v, layout.shared, scale, Flash()).transpose(0, 1)[None]
+        _say_once(reason)
     parts = [
         scaled_dot_product_attention(
             query[:, :, s:e],
@@ -93,8 +98,17 @@ def packed_attention(
     return torch.cat(parts, dim=2) if parts else torch.zeros_like(query)
 
 
-def runs_as_segments(query: Tensor, layout: PackedLayout, window: int | None) -> bool:
-    """Whether the flash kernels cover this call; a window that nothing outgrows is none."""
-    fits = query.shape[-1] <= 256 and query.shape[-1] % 8 == 0
-    half = query.dtype in (torch.bfloat16, torch.float16)
-    return query.is_cuda and half and fits and (window is None or window >= layout.longest)
+def why_not_segments(query: Tensor, layout: PackedLayout, window: int | None) -> str | None:
+    """Returns why the flash kernels do not cover a call, or None if they do."""
+    if not query.is_cuda or query.dtype not in (torch.bfloat16, torch.float16):
+        return f"it runs in {query.dtype} on {query.device.type}; they take half types on CUDA"
+    if query.shape[-1] > 256 or query.shape[-1] % 8:
+        return f"its heads are {query.shape[-1]} wide; they take multiples of 8 up to 256"
+    if window is not None and window < layout.longest:  # a window that nothing outgrows is none
+        return f"its window of {window} tokens is shorter than the longest sequence"
+    return None
+
+
+@cache
+def _say_once(reason: str) -> None:
+    warnings.warn(f"attention runs group by group, not on the flash kernels, because {reason}", stacklevel=4)

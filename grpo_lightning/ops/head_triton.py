@@ -51,7 +51,7 @@ def _rows(
     own = tl.load(z_row + y)
     if HAS_BIAS:
         own += tl.load(bias_ptr + y).to(tl.float32)
-    own2, own_slope = _tempered(tl.zeros([1], tl.float32) + own, tau, scale, cap, HAS_CAP)
+    own2, _own_slope = _tempered(tl.zeros([1], tl.float32) + own, tau, scale, cap, HAS_CAP)
     own2 = tl.sum(own2, 0)
 
     top, total, others, moment = -3.0e38, 0.0, 0.0, 0.0
@@ -61,7 +61,7 @@ def _rows(
         raw = tl.load(z_row + c, mask=inside, other=0.0)
         if HAS_BIAS:
             raw += tl.load(bias_ptr + c, mask=inside, other=0.0).to(tl.float32)
-        x, unused = _tempered(raw, tau, scale, cap, HAS_CAP)
+        x, _unused = _tempered(raw, tau, scale, cap, HAS_CAP)
         new = tl.maximum(top, tl.max(tl.where(inside, x, -3.0e38), 0))
         d = tl.where(inside, x - new, 0.0)
         p = tl.where(inside, tl.exp2(d), 0.0)

@@ -1,5 +1,7 @@
 """Attention with shared prompts: two calls merged are one softmax, forward and backward."""
 
+import warnings
+
 import pytest
 import torch
 
@@ -50,6 +52,30 @@ def test_equals_one_softmax(name):
     theirs = torch.autograd.grad(want, (q, k, v), dout)
     for a, b in zip(ours, theirs, strict=True):
         torch.testing.assert_close(a, b, atol=1e-12, rtol=0)
+
+
+def test_what_the_flash_kernels_do_not_cover_is_said_once():
+    from grpo_lightning.ops.attention import PackedLayout, _say_once, packed_attention, why_not_segments
+
+    zeros = torch.zeros(4, dtype=torch.int64)
+    layout = PackedLayout.of([2], [3], [0], zeros, torch.arange(4), segments=True)
+    q = torch.randn(1, 2, 4, 8)
+    _say_once.cache_clear()
+    with pytest.warns(UserWarning, match="float32 on cpu"):
+        packed_attention(q, q, q, layout, 1.0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        packed_attention(q, q, q, layout, 1.0)
+    half = torch.empty(1, 2, 4, 12, dtype=torch.bfloat16, device="meta")
+    assert "multiples of 8" in why_not_segments(_on_cuda(half), layout, None)
+    assert "window of 3" in why_not_segments(_on_cuda(half[..., :8]), layout, 3)
+    assert why_not_segments(_on_cuda(half[..., :8]), layout, 4) is None
+
+
+def _on_cuda(x):
+    from types import SimpleNamespace
+
+    return SimpleNamespace(is_cuda=True, dtype=x.dtype, shape=x.shape, device=x.device)
 
 
 def test_gradcheck():
