@@ -2,7 +2,6 @@
 
 import math
 import random
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,9 +15,14 @@ SHAPES: dict[str, dict[str, int]] = {
              "num_attention_heads": 14, "num_key_value_heads": 2, "vocab_size": 151_936},
     "1.5B": {"hidden_size": 1536, "intermediate_size": 8960, "num_hidden_layers": 28,
              "num_attention_heads": 12, "num_key_value_heads": 2, "vocab_size": 151_936},
+    "8B": {"hidden_size": 4096, "intermediate_size": 14_336, "num_hidden_layers": 32,
+           "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128_256},
     "tiny": {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
              "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 131},
 }  # fmt: skip
+
+
+LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
 @dataclass(frozen=True)
@@ -63,25 +67,53 @@ def make_rollout(work: Workload, vocabulary: int, seed: int = 0, dead: float = 0
     )
 
 
-def make_model(shape: str, device: torch.device, lora: int = 16) -> Any:
-    """Returns a random Qwen2 of a shape with LoRA on all linear layers, in bf16 on a GPU."""
+def make_model(shape: str, device: torch.device, lora: int = 16, *, four_bit: bool = False) -> Any:
+    """Returns a random Qwen2 of a shape with LoRA on all linear layers, in bf16 on a GPU.
+
+    Args:
+        shape: a row of `SHAPES`.
+        device: where it is made.
+        lora: rank.
+        four_bit: the base in NF4, quantised layer by layer.
+    """
     from peft import LoraConfig, get_peft_model
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
     torch.manual_seed(0)
-    config = Qwen2Config(**SHAPES[shape], tie_word_embeddings=True, max_position_embeddings=8192)
+    tied = not four_bit
+    config = Qwen2Config(**SHAPES[shape], tie_word_embeddings=tied, max_position_embeddings=65_536)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    torch.set_default_dtype(dtype)
     with torch.device(device):
-        torch.set_default_dtype(dtype)
         model: Any = Qwen2ForCausalLM(config)
-        torch.set_default_dtype(torch.float32)
-    adapter = LoraConfig(r=lora, lora_alpha=lora, target_modules="all-linear", task_type="CAUSAL_LM")
+    torch.set_default_dtype(torch.float32)
+    if four_bit:
+        quantise(model, dtype)
+    adapter = LoraConfig(r=lora, lora_alpha=lora, target_modules=LINEAR, task_type="CAUSAL_LM")
     model = get_peft_model(model, adapter)
     g = torch.Generator().manual_seed(1)
     for name, p in model.named_parameters():
         if "lora_B" in name:
             p.data.copy_(torch.randn(p.shape, generator=g) * 0.02)
     return model
+
+
+def quantise(model: Any, dtype: torch.dtype) -> None:
+    """Exchanges the linear layers of the body for NF4 ones with the same weights."""
+    from bitsandbytes.nn import Linear4bit
+
+    model.is_loaded_in_4bit = True
+    for layer in model.model.layers:
+        for name in LINEAR:
+            owner = layer.self_attn if hasattr(layer.self_attn, name) else layer.mlp
+            old = getattr(owner, name)
+            sizes = (old.in_features, old.out_features, old.bias is not None)
+            new = Linear4bit(*sizes, compute_dtype=dtype, quant_type="nf4")
+            new.load_state_dict(old.state_dict())
+            new.support_avx512bf16_for_cpu = False
+            setattr(owner, name, new.to(old.weight.device))
+            for p in new.parameters():
+                p.requires_grad_(False)
 
 
 def floor_ms(model: Any, batch: RolloutBatch, rate: float = 790e12) -> float:
@@ -92,6 +124,3 @@ def floor_ms(model: Any, batch: RolloutBatch, rate: float = 790e12) -> float:
 
 def _in_body(name: str) -> bool:
     return "lora_" not in name and "embed_tokens" not in name and "lm_head" not in name
-
-
-Runner = Callable[[], torch.Tensor]
