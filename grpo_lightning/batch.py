@@ -249,6 +249,37 @@ class RolloutBatch:
         totals = replace(local, **dict(zip(names, sums, strict=True)), micro_batches=micro_batches)
         return replace(self, totals=totals)
 
+    @property
+    def sharing(self) -> float:
+        """How many times the rows of T there would be with a copy of its prompt before every completion."""
+        alone = sum(
+            self.prompt_lengths[g] + n - 1 for g, n in zip(self.host_groups, self.lengths, strict=True) if n
+        )
+        return alone / max(self.num_tokens, 1)
+
+    def unshared(self) -> "RolloutBatch":
+        """Returns the batch with a copy of its prompt before every completion, for a forward.
+
+        The [N] axis stays as it is. Every completion is a group of its own then, so no loss may see it.
+        """
+        starts = self.row_starts()
+        rows: list[int] = []
+        prompts: list[int] = []
+        for s, (g, n) in enumerate(zip(self.host_groups, self.lengths, strict=True)):
+            prompts.append(self.prompt_lengths[g] if n else 0)
+            rows.extend(range(starts.prompts[g], starts.prompts[g] + prompts[-1]))
+            rows.extend(range(starts.completions[s], starts.completions[s] + max(n - 1, 0)))
+        groups = range(len(self.lengths))
+        device = self.input_ids.device
+        return replace(
+            self,
+            input_ids=self.input_ids[torch.tensor(rows, dtype=torch.int64, device=device)],
+            group_ids=torch.arange(len(groups), device=device),
+            host_groups=tuple(groups),
+            prompt_lengths=tuple(prompts),
+            **{k: v.to(device) for k, v in geometry(prompts, self.lengths, groups).items()},
+        )
+
     def few(self) -> "RolloutBatch":
         """Returns the first two completions with tokens of the first and of the last group that has some."""
         groups: dict[int, list[int]] = {}

@@ -14,12 +14,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from grpo_lightning.batch import RolloutBatch
 from grpo_lightning.errors import ConfigError, choices
 from grpo_lightning.ops.lora_linear import lora_delta, lora_linear
 
 CHOICES = ("auto", "on", "off")
 AUTO = {"head": False, "attention": False, "lora": False, "compile": False}
 """what `auto` takes on CUDA: a kernel is listed True once benchmarks/results shows what it gains"""
+
+WORTH_SHARING = 1.2
+"""how many times the tokens there must be without sharing; below, a second call of attention costs more"""
 
 
 @dataclass(frozen=True)
@@ -31,12 +35,15 @@ class KernelConfig:
         attention: flash attention over segments, a prompt once per group (half types on CUDA).
         lora: a LoRA layer as one op, in the base's type with fp32 masters.
         compile: torch.compile of every decoder layer, once for all lengths.
+        shared_prompts: a prompt goes through the model once for its group. `auto` copies it before every
+            completion where attention runs as segments and sharing saves less than a sixth of the tokens.
     """
 
     head: str = "auto"
     attention: str = "auto"
     lora: str = "auto"
     compile: str = "auto"
+    shared_prompts: str = "auto"
 
     def __post_init__(self) -> None:
         for key, value in asdict(self).items():
@@ -45,8 +52,16 @@ class KernelConfig:
 
     def chosen(self, device: torch.device) -> dict[str, bool]:
         """Returns which kernels run on `device`."""
-        auto = {key: on and device.type == "cuda" for key, on in AUTO.items()}
-        return {k: auto[k] if v == "auto" else v == "on" for k, v in asdict(self).items()}
+        given = asdict(self)
+        return {
+            key: on and device.type == "cuda" if given[key] == "auto" else given[key] == "on"
+            for key, on in AUTO.items()
+        }
+
+    def shares(self, batch: RolloutBatch, segments: bool) -> bool:
+        """Returns whether prompts stand once for their group in a forward of `batch`."""
+        worth = not segments or batch.sharing >= WORTH_SHARING
+        return worth if self.shared_prompts == "auto" else self.shared_prompts == "on"
 
 
 class Prepared:

@@ -60,10 +60,12 @@ class Policy(nn.Module):
         if self.padded_reason is None:
             register_packed_attention()
             self._set_attention(PACKED)
+        self.kernels = KernelConfig()
         self.prepared = Prepared(causal, self.causal.get_decoder())
 
     def prepare(self, kernels: KernelConfig, device: torch.device) -> None:
         """Exchanges what `kernels` chooses for `device`; once, before the first forward that trains."""
+        self.kernels = kernels
         self.prepared = Prepared(self.model, self.causal.get_decoder(), kernels.chosen(device))
         if self.padded_reason is None and self.prepared.chosen["compile"]:
             register_packed_attention(compiled_layers=True)
@@ -122,7 +124,9 @@ class Policy(nn.Module):
         if batch.num_tokens == 0:
             return self._nothing(batch)
         if self.padded_reason is None:
-            return packed_hidden(decoder, batch, segments=self.prepared.chosen["attention"])
+            segments = self.prepared.chosen["attention"]
+            shared = batch if self.kernels.shares(batch, segments) else batch.unshared()
+            return packed_hidden(decoder, shared, segments=segments)
         return padded_hidden(decoder, batch, self.pad_id)
 
     def logprobs(self, batch: RolloutBatch, *, entropy_grad: bool = False) -> TokenScores:

@@ -59,9 +59,13 @@ class SharedPrompts:
         prompts: list[int] = []
         start = 0
         for p, own in zip(prompt_lengths, rows, strict=True):
-            alone += [n for n in (p, *own) if n]
             end = start + p + sum(own)
-            if sum(own):
+            if sum(n > 0 for n in own) < 2:  # one completion goes on where its prompt ends
+                alone += [end - start] if end > start else []
+                start = end
+                continue
+            alone += [n for n in (p, *own) if n]
+            if p:
                 queries.append(sum(own))
                 keys.append(p)
                 prompts += range(start, start + p)

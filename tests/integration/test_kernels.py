@@ -83,6 +83,28 @@ def test_compiled_layers_compute_the_same_and_compile_once(monkeypatch):
     assert policy.distance_from_plain(random_rollout(seed=4)).max() < 1e-4
 
 
+def test_prompts_shared_or_copied_give_the_same():
+    b, found = random_rollout(seed=5), []
+    for choice in ("on", "off"):
+        policy = lora_policy()
+        policy.prepare(KernelConfig(shared_prompts=choice), CPU)
+        logp = policy.logprobs(b).logprobs
+        logp.sum().backward()
+        found.append([logp.detach(), *(p.grad for p in policy.trainable().values())])
+    for a, c in zip(*found, strict=True):
+        torch.testing.assert_close(a, c, atol=1e-5, rtol=1e-4)
+
+
+def test_prompts_are_shared_where_it_is_worth_it():
+    much = random_rollout(prompts=2, group=6, seed=1)
+    little = much.take([0, 6])
+    assert KernelConfig().shares(much, segments=True)
+    assert not KernelConfig().shares(little, segments=True)
+    assert KernelConfig().shares(little, segments=False)
+    assert KernelConfig(shared_prompts="on").shares(little, segments=True)
+    assert not KernelConfig(shared_prompts="off").shares(much, segments=True)
+
+
 def test_the_first_step_is_compared_with_the_model_as_loaded(model_folder, tmp_path):
     m = module(model_folder, kernels=KernelConfig(lora="on"))
     trainer(tmp_path, rollout(), max_steps=2).fit(m, data())

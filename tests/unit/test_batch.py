@@ -112,6 +112,19 @@ def test_dead_groups_leave_but_still_count():
     assert alive.totals == b.totals
 
 
+def test_unshared_copies_prompts_and_keeps_tokens():
+    b = random_rollout(prompts=3, group=4, seed=1)
+    alone = b.unshared()
+    assert torch.equal(alone.target_ids, b.target_ids)
+    assert torch.equal(alone.sequence_ids, b.sequence_ids)
+    assert alone.num_tokens == len(alone.input_ids) == len(alone.position_ids)
+    assert alone.num_tokens == pytest.approx(b.sharing * b.num_tokens)
+    assert b.sharing > 1.2
+    before = b.input_ids[b.target_rows]
+    assert torch.equal(alone.input_ids[alone.target_rows], before)
+    assert torch.equal(alone.position_ids[alone.target_rows], b.position_ids[b.target_rows])
+
+
 def test_totals_add_over_ranks():
     b = random_rollout()
     both = b.all_reduce_totals(lambda x: x * 2, micro_batches=6)

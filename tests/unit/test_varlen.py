@@ -11,6 +11,8 @@ CASES = {
     "two groups": ([4, 3], [[2, 5, 1], [3, 0]]),
     "one token": ([1], [[1]]),
     "nothing but prompts": ([3, 2], [[0], []]),
+    "one of several": ([3], [[0, 4, 0]]),
+    "no prompt left": ([0, 2], [[], [3]]),
     "one completion each": ([2, 2], [[3], [4]]),
 }
 
