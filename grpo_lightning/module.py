@@ -145,11 +145,15 @@ class GRPOModule(pl.LightningModule):
 
     def configure_model(self) -> None:
         """Loads the weights, in the dtype of the Trainer's precision."""
-        if self.policy is not None:
-            return
+        if self.policy is None:
+            self.policy = self._load()
+        if self._trainer is not None:
+            self.policy.precision = self._trainer.precision_plugin.forward_context
+
+    def _load(self) -> "Policy":
         from grpo_lightning.loading import load_policy
 
-        self.policy = load_policy(
+        return load_policy(
             self.model_path,
             self.tokenizer,
             lora=self.lora,
@@ -185,7 +189,7 @@ class GRPOModule(pl.LightningModule):
             batch: a micro-batch on this module's device.
             old: whether the policy's own are needed, because it changes before this batch is used up.
         """
-        with torch.no_grad():
+        with self.policy.measuring():
             if old:
                 scores = self.policy.logprobs(batch)
                 batch = replace(batch, old_logprobs=scores.logprobs, old_entropies=scores.entropies)
@@ -230,7 +234,9 @@ class GRPOModule(pl.LightningModule):
         mean_distance = distance.mean().item()
         self.log("check/logprob_distance_mean", mean_distance, batch_size=1)
         self.log("check/logprob_distance_max", distance.max().item(), batch_size=1)
-        allowed = LARGEST_DISTANCE[self.policy.causal.dtype]
+        device, kind = self.device.type, self.policy.causal.dtype
+        kind = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else kind
+        allowed = LARGEST_DISTANCE[kind]
         if not mean_distance <= allowed:
             on = [key for key, chosen in self.policy.prepared.chosen.items() if chosen]
             raise GRPOError(

@@ -2,8 +2,8 @@
 forward."""
 
 import json
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -55,6 +55,8 @@ class Policy(nn.Module):
         self.tokenizer = tokenizer
         self.chunk_rows = chunk_rows
         self.reference_copy = WeightCopy(self.trainable()) if keep_reference else None
+        self.precision: Callable[[], AbstractContextManager[Any]] = nullcontext
+        """what the Trainer runs a training step in; hooks, where engines and scores run, are outside of it"""
         self.padded_reason = needs_padding(self.causal.config)
         self.stock_attention: str = self.causal.config._attn_implementation
         if self.padded_reason is None:
@@ -162,13 +164,26 @@ class Policy(nn.Module):
             raise ConfigError("this policy keeps no reference; build it with keep_reference=True")
 
     @contextmanager
+    def measuring(self) -> Iterator[None]:
+        """Runs without gradients, in the precision of a training step.
+
+        Autocast keeps no copies of weights inside: one made here would have no graph when the training
+        forward finds it, or be a copy of the reference.
+        """
+        device = self.causal.device.type
+        with torch.no_grad(), self.precision():
+            kind, on = torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
+            with torch.autocast(device, dtype=kind, enabled=on, cache_enabled=False):
+                yield
+
+    @contextmanager
     def generating(self) -> Iterator[Any]:
-        """Yields the transformers model with stock attention, in eval mode, without gradients."""
+        """Yields the transformers model with stock attention, in eval mode, `measuring`."""
         training = self.model.training
         self._set_attention(self.stock_attention)
         self.model.eval()
         try:
-            with torch.no_grad(), self.prepared.eager():
+            with self.measuring(), self.prepared.eager():
                 yield self.causal
         finally:
             self.model.train(training)
@@ -179,7 +194,7 @@ class Policy(nn.Module):
         """Returns |log-probability - that of the model as loaded, one completion per row| [N], in nats."""
         training = self.model.training
         self.model.eval()
-        with torch.no_grad():
+        with self.measuring():
             fast = self.logprobs(batch).logprobs
             with self.prepared.plain(), self.generating():
                 rows = padded_hidden(self.causal.get_decoder(), batch, self.pad_id)

@@ -20,7 +20,7 @@ class Stat(NamedTuple):
 
 def mean(total: Tensor | float, count: Tensor | float) -> Stat:
     """Returns the part of a mean that is known here: a sum and how many things it is a sum of."""
-    return Stat("mean", torch.as_tensor(total).detach(), torch.as_tensor(count))
+    return Stat("mean", _number(total), _number(count))
 
 
 def mean_of(values: Iterable[float]) -> Stat:
@@ -32,18 +32,23 @@ def mean_of(values: Iterable[float]) -> Stat:
 def spread_of(values: Tensor) -> Stat:
     """Returns the standard deviation over `values`, as a part; one degree of freedom less."""
     x = values.detach().double()
-    return Stat("std", torch.stack([x.sum(), (x * x).sum()]), torch.as_tensor(float(x.numel())))
+    return Stat("std", torch.stack([x.sum(), (x * x).sum()]), _number(float(x.numel())))
 
 
 def effective_share(weights: Tensor) -> Stat:
     """Returns the effective sample size of `weights` as a share, (sum c)^2 / (N sum c^2), as a part."""
     c = weights.detach().double()
-    return Stat("share", torch.stack([c.sum(), (c * c).sum()]), torch.as_tensor(float(c.numel())))
+    return Stat("share", torch.stack([c.sum(), (c * c).sum()]), _number(float(c.numel())))
 
 
 def extreme(kind: Literal["sum", "min", "max"], value: Tensor | float) -> Stat:
     """Returns a sum, minimum or maximum, as a part."""
-    return Stat(kind, torch.as_tensor(value).detach(), torch.ones(()))
+    return Stat(kind, _number(value), _number(1.0))
+
+
+def _number(x: Tensor | float) -> Tensor:
+    """Returns `x` as it is, or in fp64: under bf16-true a plain float would become a bf16 tensor."""
+    return x.detach() if isinstance(x, Tensor) else torch.tensor(x, dtype=torch.float64)
 
 
 _FOLD: dict[Kind, Callable[[Tensor, Tensor], Tensor]] = {

@@ -4,6 +4,8 @@ An engine that samples from a kept set reports log-probabilities of the renormal
 compare with a full-vocabulary policy once the log of the kept mass is added.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -16,7 +18,7 @@ from grpo_lightning.samples import Truncation
 def truncate(z: Tensor, kept: Truncation) -> Tensor:
     """Returns tempered logits [R, V] with -inf outside the kept set: min_p, top_k, top_p, in vLLM's order."""
     if kept.min_p:
-        floor = z.max(-1, keepdim=True).values + torch.log(torch.tensor(kept.min_p))
+        floor = z.max(-1, keepdim=True).values + math.log(kept.min_p)
         z = z.masked_fill(z < floor, -torch.inf)
     if 0 < kept.top_k < z.shape[1]:
         z = z.masked_fill(z < z.topk(kept.top_k, -1).values[:, -1:], -torch.inf)
