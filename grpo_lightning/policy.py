@@ -164,16 +164,19 @@ class Policy(nn.Module):
             raise ConfigError("this policy keeps no reference; build it with keep_reference=True")
 
     @contextmanager
-    def measuring(self) -> Iterator[None]:
+    def measuring(self, *, keep_casts: bool = False) -> Iterator[None]:
         """Runs without gradients, in the precision of a training step.
 
-        Autocast keeps no copies of weights inside: one made here would have no graph when the training
-        forward finds it, or be a copy of the reference.
+        Args:
+            keep_casts: let autocast keep cast weights until the end. Not around a reference pass, whose weights
+                it would mistake for the policy's, and never inside a training step, whose forward would find
+                casts without a graph.
         """
         device = self.causal.device.type
+        keep_casts = keep_casts and not torch.is_autocast_enabled(device)
         with torch.no_grad(), self.precision():
             kind, on = torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
-            with torch.autocast(device, dtype=kind, enabled=on, cache_enabled=False):
+            with torch.autocast(device, dtype=kind, enabled=on, cache_enabled=keep_casts):
                 yield
 
     @contextmanager
@@ -183,7 +186,7 @@ class Policy(nn.Module):
         self._set_attention(self.stock_attention)
         self.model.eval()
         try:
-            with self.measuring(), self.prepared.eager():
+            with self.measuring(keep_casts=True), self.prepared.eager():
                 yield self.causal
         finally:
             self.model.train(training)
