@@ -168,8 +168,8 @@ class Policy(nn.Module):
         """Runs without gradients, in the precision of a training step.
 
         Args:
-            keep_casts: let autocast keep cast weights until the end. Not around a reference pass, whose weights
-                it would mistake for the policy's, and never inside a training step, whose forward would find
+            keep_casts: let autocast keep cast weights until the end. Not around a reference pass, whose
+                weights it would take for the policy's, nor inside a training step, whose forward would find
                 casts without a graph.
         """
         device = self.causal.device.type
