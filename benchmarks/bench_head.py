@@ -114,8 +114,8 @@ def main() -> None:
             rows = measure(n, width, args.vocabulary, device, args.repeats)
             result["sizes"][name] = rows
             print(f"\n{name}\n{show(rows)}", flush=True)
-    if not args.small:
-        print(save("head", result, args.out))
+            if not args.small:  # after each size: a machine may end before the last
+                print(save("head", result, args.out))
 
 
 if __name__ == "__main__":

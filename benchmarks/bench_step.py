@@ -25,11 +25,12 @@ from grpo_lightning.losses import LossConfig
 from grpo_lightning.ops import policy_loss
 from grpo_lightning.policy import Policy
 
-OFF = {"head": "off", "attention": "off", "lora": "off", "compile": "off"}
+OFF = {"head": "off", "attention": "off", "lora": "off", "compile": "off", "shared_prompts": "off"}
 PIECES = (  # each adds one to those above it: name, kernels, micro-batches, layout
     ("padded, PEFT, torch head, 4 parts", {}, 4, "padded"),
     ("+ Triton head", {"head": "on"}, 4, "padded"),
-    ("+ packed, shared prompts", {"attention": "on"}, 4, "packed"),
+    ("+ packed, prompts copied", {"attention": "on"}, 4, "packed"),
+    ("+ shared prompts", {"shared_prompts": "on"}, 4, "packed"),
     ("+ fused LoRA", {"lora": "on"}, 4, "packed"),
     ("+ one micro-batch", {}, 1, "packed"),
     ("+ compiled layers", {"compile": "on"}, 1, "packed"),
@@ -120,8 +121,8 @@ def main() -> None:
             result[f"{shape}, {work}"] = found
             print(f"\n{shape}, {work}: {found['tokens']} tokens, {found['padded_slots']} padded slots")
             print(show(found), flush=True)
-    if not args.small:
-        print(save("step", result, args.out))
+            if not args.small:  # after each workload: a machine may end before the last
+                print(save("step", result, args.out))
 
 
 if __name__ == "__main__":

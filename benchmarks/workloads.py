@@ -117,9 +117,15 @@ def quantise(model: Any, dtype: torch.dtype) -> None:
 
 
 def floor_ms(model: Any, batch: RolloutBatch, rate: float = 790e12) -> float:
-    """Returns 4 FLOP per body parameter and token at the rate an H200 sustains in dense bf16."""
-    body = sum(p.numel() for n, p in model.get_base_model().named_parameters() if _in_body(n))
-    return 1e3 * 4 * body * batch.num_tokens / rate
+    """Returns the time of the products alone at the rate an H200 sustains in dense bf16.
+
+    4 FLOP per body parameter and token, and as many per head parameter and completion token: forward and the
+    gradient of the input; a frozen base has no other.
+    """
+    base = model.get_base_model()
+    body = sum(p.numel() for n, p in base.named_parameters() if _in_body(n))
+    head = base.get_output_embeddings().weight.numel()
+    return 1e3 * 4 * (body * batch.num_tokens + head * len(batch.target_ids)) / rate
 
 
 def _in_body(name: str) -> bool:

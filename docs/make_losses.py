@@ -48,7 +48,7 @@ An engine computes in other kernels, perhaps in fewer bits, than the trainer: it
 `m = old - sampler` per token, `q` is `exp(m)` (`level: token`), the product over the completion (`sequence`) or its geometric mean
 (`geometric`); `mode: truncate` clamps `q` to `[low, high]`, `mask` puts 0 for what lies outside, `gate` lets `q` decide and weighs by
 `exp(m)`. `bypass: true` takes the engine's log-probabilities as the old ones: the clip then bounds the mismatch too, and no old
-pass is needed. What is dropped keeps its place in the normalisers. `off_policy_threshold` drops completions with A < 0 whose
+pass is needed (but with truncated sampling). What is dropped keeps its place in the normalisers. `off_policy_threshold` drops completions with A < 0 whose
 policy has moved further on average (2512.02556).
 
 With `top_p`, `top_k` or `min_p` an engine's log-probabilities are renormalised over the tokens it kept. They are brought back to the

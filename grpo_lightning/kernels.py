@@ -5,6 +5,7 @@ a subclass of its own class, so that saving, switching off and merging stay peft
 compiled. `Prepared.plain` runs the model as it was.
 """
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -12,6 +13,7 @@ from functools import cache
 from typing import Any
 
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from grpo_lightning.batch import RolloutBatch
@@ -39,20 +41,28 @@ class KernelConfig:
             completion where attention runs as segments and sharing saves less than a sixth of the tokens.
     """
 
-    head: str = "auto"
-    attention: str = "auto"
-    lora: str = "auto"
-    compile: str = "auto"
-    shared_prompts: str = "auto"
+    head: str | bool = "auto"
+    attention: str | bool = "auto"
+    lora: str | bool = "auto"
+    compile: str | bool = "auto"
+    shared_prompts: str | bool = "auto"
 
     def __post_init__(self) -> None:
         for key, value in asdict(self).items():
+            if isinstance(value, bool):  # what YAML makes of an unquoted on or off
+                value = "on" if value else "off"
+                object.__setattr__(self, key, value)
             if value not in CHOICES:
                 raise ConfigError(f"model.kernels.{key} is {choices(value, CHOICES)}")
 
     def chosen(self, device: torch.device) -> dict[str, bool]:
         """Returns which kernels run on `device`."""
         given = asdict(self)
+        interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+        if self.head == "on" and device.type != "cuda" and not interpreted:
+            raise ConfigError(
+                f"model.kernels.head is 'on', but the model is on {device.type}; take auto or off"
+            )
         return {
             key: on and device.type == "cuda" if given[key] == "auto" else given[key] == "on"
             for key, on in AUTO.items()
@@ -71,17 +81,47 @@ class Prepared:
         model: a transformers model, wrapped by peft or not.
         decoder: its decoder, the layers of which are compiled.
         chosen: of `KernelConfig.chosen`; nothing is exchanged by default.
+        autocast: whether training runs under autocast, which the fused op does not cover.
     """
 
-    def __init__(self, model: nn.Module, decoder: nn.Module, chosen: dict[str, bool] | None = None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        decoder: nn.Module,
+        chosen: dict[str, bool] | None = None,
+        autocast: bool = False,
+    ) -> None:
         self.chosen = chosen or dict.fromkeys(AUTO, False)
-        self._lora = [m for m in model.modules() if self.chosen["lora"] and _is_fusible(m)]
+        layered = [m for m in model.modules() if self.chosen["lora"] and _is_fusible(m)]
+        self._lora = [m for m in layered if why_not_fused(m, autocast) is None]
+        self._say_what_stays(layered, decoder, autocast)
         layers: Any = getattr(decoder, "layers", [])
         self._compiled: list[nn.Module] = list(layers) if self.chosen["compile"] else []
         self._stock = [type(m) for m in self._lora]
         self._exchange()
         for layer in self._compiled:
             layer.compile(dynamic=True)
+
+    def _say_what_stays(self, layered: list[nn.Module], decoder: nn.Module, autocast: bool) -> None:
+        if self.chosen["lora"] and len(self._lora) < max(len(layered), 1):
+            reasons = sorted({str(why_not_fused(m, autocast)) for m in layered} - {"None"})
+            rank_zero_warn(
+                f"model.kernels.lora: {len(layered) - len(self._lora)} of {len(layered)} LoRA layers run "
+                f"peft's own forward ({', '.join(reasons) or 'there are none to exchange'})"
+            )
+        if self.chosen["compile"] and not getattr(decoder, "layers", None):
+            rank_zero_warn(
+                f"model.kernels.compile: {type(decoder).__name__} has no list of layers to compile"
+            )
+
+    def restore(self) -> None:
+        """Undoes the exchange for good."""
+        for module, stock in zip(self._lora, self._stock, strict=True):
+            module.__class__ = stock
+        for layer in self._compiled:
+            layer._compiled_call_impl = None
+        self._lora, self._stock, self._compiled = [], [], []
+        self.chosen = dict.fromkeys(AUTO, False)
 
     def _exchange(self) -> None:
         for module, stock in zip(self._lora, self._stock, strict=True):
@@ -138,6 +178,19 @@ def _fused(stock: type) -> type:
         return lora_delta(layer(x), x, a, b, scaling)
 
     return type(f"Fused{stock.__name__}", (stock,), {"forward": forward})
+
+
+def why_not_fused(layer: Any, autocast: bool) -> str | None:
+    """Returns why the op never covers a LoRA layer of this run, or None if it does."""
+    names = [n for n in layer.active_adapters if n in layer.lora_A]
+    cases = {
+        "autocast": autocast,
+        "several adapters": len(names) != 1,
+        "dropout": any(getattr(layer.lora_dropout[n], "p", 0) for n in names),
+        "a variant of LoRA": any(n in layer.lora_variant or layer.lora_bias[n] for n in names),
+        "a transposed weight": layer.fan_in_fan_out,
+    }
+    return next((reason for reason, holds in cases.items() if holds), None)
 
 
 def _adapter(layer: Any, x: Tensor) -> tuple[Tensor, Tensor, float, nn.Module] | None:

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
 
+from grpo_lightning.errors import ConfigError
 from grpo_lightning.lora import check_lora
 from grpo_lightning.ops.offload import Offloader
 from grpo_lightning.policy import Policy, unwrap
@@ -20,6 +21,7 @@ def load_policy(
     disable_dropout: bool = True,
     quantization: str | None = None,
     keep_reference: bool = False,
+    reference_dtype: torch.dtype | None = None,
     chunk_rows: int | None = None,
 ) -> Policy:
     """Returns the policy, in torch's default dtype unless `model_kwargs` names one.
@@ -34,6 +36,7 @@ def load_policy(
         disable_dropout: set every dropout of the base model to 0.
         quantization: `nf4` loads the base in 4 bit (bitsandbytes, scales quantised too); adapters train.
         keep_reference: keep a copy of what trains as reference.
+        reference_dtype: type of that copy; None is the type of what trains.
         chunk_rows: rows of logits that exist at one time.
     """
     from transformers import AutoModelForCausalLM
@@ -59,7 +62,18 @@ def load_policy(
 
         check_lora(lora)
         model = get_peft_model(causal, lora)
-    policy = Policy(model, tokenizer, keep_reference=keep_reference, chunk_rows=chunk_rows)
+        if hasattr(causal.get_output_embeddings(), "lora_A"):
+            raise ConfigError(
+                "model.lora puts an adapter on the LM head, whose product never exists as a whole; leave it "
+                "out of target_modules, or train it as it is: modules_to_save: [lm_head]"
+            )
+    policy = Policy(
+        model,
+        tokenizer,
+        keep_reference=keep_reference,
+        reference_dtype=reference_dtype,
+        chunk_rows=chunk_rows,
+    )
     if policy.padded_reason:
         rank_zero_warn(
             f"{type(unwrap(model)).__name__} runs padded, not packed, because {policy.padded_reason}"
@@ -67,15 +81,20 @@ def load_policy(
     return policy
 
 
-def _four_bit(dtype: torch.dtype) -> Any:
+def _four_bit(dtype: torch.dtype | str) -> Any:
     """Returns QLoRA's setting (2305.14314): NF4 blocks whose scales are quantised again."""
     from transformers import BitsAndBytesConfig
 
+    compute = dtype if isinstance(dtype, torch.dtype) else getattr(torch, dtype, None)
+    if not isinstance(compute, torch.dtype):
+        raise ConfigError(
+            f"model.model_kwargs.dtype is {dtype!r}; with model.quantization it must be a type, e.g. bfloat16"
+        )
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=dtype,
+        bnb_4bit_compute_dtype=compute,
     )
 
 

@@ -8,6 +8,19 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from grpo_lightning.errors import ConfigError, choices
 
+IDENTITY = (
+    "r",
+    "lora_alpha",
+    "target_modules",
+    "modules_to_save",
+    "init_lora_weights",
+    "rank_pattern",
+    "alpha_pattern",
+    "use_rslora",
+    "use_dora",
+)
+"""fields of a LoraConfig that decide which policy an adapter's weights are"""
+
 
 def lora_config(lora: Any) -> Any:
     """Returns a LoraConfig; checks the names in a mapping, since peft's own message lists none."""
@@ -30,6 +43,11 @@ def check_lora(lora: Any) -> None:
         raise ConfigError(
             f"model.lora.bias is {lora.bias!r}; it must be 'none': no engine serves trained biases"
         )
+    if str(lora.init_lora_weights).startswith("pissa_niter"):
+        raise ConfigError(
+            f"model.lora.init_lora_weights is {lora.init_lora_weights!r}, which draws the base's residual at "
+            "random: no checkpoint could be resumed; take 'pissa'"
+        )
     if lora.lora_dropout:
         rank_zero_warn(
             f"model.lora.lora_dropout is {lora.lora_dropout}: the ratio is not 1 on the first pass, and the "
@@ -41,6 +59,8 @@ def check_quantization(quantization: str | None, lora: Any) -> None:
     """Raises ConfigError if a quantised base cannot be loaded or trained."""
     if quantization is None:
         return
+    if quantization != "nf4":
+        raise ConfigError(f"model.quantization is {quantization!r}; it must be null or nf4")
     if lora is None:
         raise ConfigError(
             f"model.quantization is {quantization!r} but model.lora is null: rounded weights do not train; "
@@ -62,6 +82,5 @@ def lora_identity(lora: Any) -> dict[str, Any] | None:
     """Returns what must not change between a checkpoint and the run that resumes it."""
     if lora is None:
         return None
-    modules = lora.target_modules
-    plain = sorted(modules) if isinstance(modules, set | list) else modules
-    return {"r": lora.r, "lora_alpha": lora.lora_alpha, "target_modules": plain}
+    values = {name: getattr(lora, name, None) for name in IDENTITY}
+    return {k: sorted(v) if isinstance(v, set | list) else v for k, v in values.items()}

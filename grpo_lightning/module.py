@@ -110,7 +110,12 @@ class GRPOModule(pl.LightningModule):
         return lora_config(self._lora)
 
     def setup(self, stage: str) -> None:
-        """Checks the options of adapter and quantisation before weights are loaded."""
+        """Checks options before weights are loaded."""
+        if self.gradient_checkpointing not in (True, False, "offload"):
+            raise ConfigError(
+                f"model.gradient_checkpointing is {self.gradient_checkpointing!r}; "
+                "it must be true, false or offload"
+            )
         check_quantization(self.quantization, self.lora)
 
     @property
@@ -163,6 +168,7 @@ class GRPOModule(pl.LightningModule):
             quantization=self.quantization,
             keep_reference=self.loss.kl_coef != 0
             and (self.reference is not None or not starts_as_base(self.lora)),
+            reference_dtype=None if self.reference is None else torch.float32,
             chunk_rows=self.logprob_chunk_rows,
         )
 
@@ -226,17 +232,19 @@ class GRPOModule(pl.LightningModule):
 
     def _verify(self, rollout: RolloutBatch) -> None:
         """Compares a few completions with the model as it was loaded, and logs how far apart they are."""
-        few = rollout.few()
-        if not few.lengths:
+        few, stats = rollout.few(), {}
+        name = "check/logprob_distance"
+        if few.lengths:
+            distance = self.policy.distance_from_plain(few)
+            stats = {f"{name}_mean": mean(distance.sum(), len(distance))}
+            stats[f"{name}_max"] = extreme("max", distance.max())
+        found = over_ranks(stats)  # all ranks together: if one stops, all do
+        if not found and not stats:
             return
         self._verified = True
-        distance = self.policy.distance_from_plain(few)
-        mean_distance = distance.mean().item()
-        self.log("check/logprob_distance_mean", mean_distance, batch_size=1)
-        self.log("check/logprob_distance_max", distance.max().item(), batch_size=1)
-        device, kind = self.device.type, self.policy.causal.dtype
-        kind = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else kind
-        allowed = LARGEST_DISTANCE[kind]
+        for key, value in found.items():
+            self.log(key, value, batch_size=1)
+        mean_distance, allowed = found.get(f"{name}_mean", float("nan")), self._largest_distance()
         if not mean_distance <= allowed:
             on = [key for key, chosen in self.policy.prepared.chosen.items() if chosen]
             raise GRPOError(
@@ -244,6 +252,12 @@ class GRPOModule(pl.LightningModule):
                 f"from the model's own; at most {allowed:g} is rounding. Kernels: {', '.join(on) or 'none'}; "
                 "switch them off (model.kernels) or use another architecture"
             )
+
+    def _largest_distance(self) -> float:
+        device, kind = self.device.type, self.policy.causal.dtype
+        kind = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else kind
+        tf32 = device == "cuda" and torch.get_float32_matmul_precision() != "highest"
+        return 0.01 if tf32 and kind == torch.float32 else LARGEST_DISTANCE[kind]
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """Steps, and lets the reference follow; here, so that a checkpoint of this step holds both."""

@@ -39,6 +39,7 @@ class Policy(nn.Module):
         causal: the model, already wrapped by peft where `lora` is used.
         tokenizer: its tokenizer.
         keep_reference: keep a copy of what trains, as it is now, as reference.
+        reference_dtype: type of that copy; None is the type of what trains.
         chunk_rows: rows of logits that exist at one time; None derives them from a memory budget.
     """
 
@@ -48,13 +49,14 @@ class Policy(nn.Module):
         tokenizer: Any,
         *,
         keep_reference: bool = False,
+        reference_dtype: torch.dtype | None = None,
         chunk_rows: int | None = None,
     ) -> None:
         super().__init__()
         self.model = causal
         self.tokenizer = tokenizer
         self.chunk_rows = chunk_rows
-        self.reference_copy = WeightCopy(self.trainable()) if keep_reference else None
+        self.reference_copy = WeightCopy(self.trainable(), reference_dtype) if keep_reference else None
         self.precision: Callable[[], AbstractContextManager[Any]] = nullcontext
         """what the Trainer runs a training step in; hooks, where engines and scores run, are outside of it"""
         self.padded_reason = needs_padding(self.causal.config)
@@ -67,8 +69,11 @@ class Policy(nn.Module):
 
     def prepare(self, kernels: KernelConfig, device: torch.device) -> None:
         """Exchanges what `kernels` chooses for `device`; once, before the first forward that trains."""
+        self.prepared.restore()
         self.kernels = kernels
-        self.prepared = Prepared(self.model, self.causal.get_decoder(), kernels.chosen(device))
+        with self.precision():
+            autocast = torch.is_autocast_enabled(device.type)
+        self.prepared = Prepared(self.model, self.causal.get_decoder(), kernels.chosen(device), autocast)
         if self.padded_reason is None and self.prepared.chosen["compile"]:
             register_packed_attention(compiled_layers=True)
 
@@ -123,7 +128,7 @@ class Policy(nn.Module):
     def completion_hidden(self, batch: RolloutBatch) -> Tensor:
         """Returns the hidden states [N, H] that predict the completion tokens of `batch`."""
         decoder = self.causal.get_decoder()
-        if batch.num_tokens == 0:
+        if not len(batch.target_ids):
             return self._nothing(batch)
         if self.padded_reason is None:
             segments = self.prepared.chosen["attention"]

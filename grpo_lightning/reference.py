@@ -34,30 +34,39 @@ class ReferenceConfig:
 
 
 class WeightCopy:
-    """A copy of the weights that train; takes their place while the reference policy runs."""
+    """A copy of the weights that train; takes their place while the reference policy runs.
 
-    def __init__(self, params: Mapping[str, nn.Parameter]) -> None:
-        self.weights: dict[str, Tensor] = {name: p.detach().clone() for name, p in params.items()}
+    Args:
+        params: what trains.
+        dtype: of the copy; a mean that moves in small steps needs fp32. None is the type of what trains.
+    """
+
+    def __init__(self, params: Mapping[str, nn.Parameter], dtype: torch.dtype | None = None) -> None:
+        self._dtype = dtype
+        self.weights: dict[str, Tensor] = {
+            name: p.detach().clone().to(dtype or p.dtype) for name, p in params.items()
+        }
 
     @contextmanager
     def in_place_of(self, params: Mapping[str, nn.Parameter]) -> Iterator[None]:
-        """Exchanges storages, not values: nothing is copied."""
-        self._exchange(params)
+        """Exchanges storages; nothing is copied where the types agree."""
+        own = {name: p.data for name, p in params.items()}
+        for name, p in params.items():
+            p.data = self.weights[name].to(p.dtype)
         try:
             yield
         finally:
-            self._exchange(params)
-
-    def _exchange(self, params: Mapping[str, nn.Parameter]) -> None:
-        for name, p in params.items():
-            p.data, self.weights[name] = self.weights[name], p.data
+            for name, p in params.items():
+                p.data = own[name]
 
     def mix(self, params: Mapping[str, nn.Parameter], alpha: float) -> None:
         """Moves the copy towards the weights, by the share `alpha`."""
         with torch.no_grad():
             for name, p in params.items():
-                self.weights[name].lerp_(p.detach(), alpha)
+                self.weights[name].lerp_(p.detach().to(self.weights[name].dtype), alpha)
 
     def follow(self, params: Mapping[str, nn.Parameter]) -> None:
-        """Brings the copy to the device and type of the weights."""
-        self.weights = {n: w.to(params[n].device, params[n].dtype) for n, w in self.weights.items()}
+        """Brings the copy to the device of the weights, and to their type unless it has its own."""
+        self.weights = {
+            n: w.to(params[n].device, self._dtype or params[n].dtype) for n, w in self.weights.items()
+        }

@@ -46,7 +46,9 @@ def _with_kl_in_reward(
         scored = [module.score(p.to(module.device), old=True).to("cpu") for p in parts]
     gap = torch.cat([reference_gap(p) for p in scored])
     reference = torch.cat([given(p.ref_logprobs) for p in scored])
-    return replace(collector.penalised(rollout, module.coefficients.kl * gap), ref_logprobs=reference)
+    batch = collector.penalised(rollout, module.coefficients.kl * gap)
+    rollout.samples.update(advantage=batch.advantages.tolist(), penalised_reward=batch.rewards.tolist())
+    return replace(batch, ref_logprobs=reference)
 
 
 def _drops(settings: "RolloutCallback", loss: LossConfig) -> bool:

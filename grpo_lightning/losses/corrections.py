@@ -67,16 +67,20 @@ class CorrectionConfig:
     """
 
     level: str = "token"
-    mode: str = "truncate"
+    mode: str | bool = "truncate"
     low: float | None = None
     high: float | None = 2.0
     bypass: bool = False
 
     def __post_init__(self) -> None:
+        if self.mode is False:  # what YAML makes of an unquoted off
+            object.__setattr__(self, "mode", "off")
         for key, table in (("level", LEVELS), ("mode", MODES)):
             if (value := getattr(self, key)) not in table:
                 raise ConfigError(f"model.loss.correction.{key} is {choices(value, table)}")
         low, high = self.bounds
+        if low < 0:
+            raise ConfigError(f"model.loss.correction.low is {self.low}; it must be null or >= 0")
         if self.mode != "off" and ((self.low is None and self.high is None) or not low < high):
             raise ConfigError(
                 f"model.loss.correction has low {self.low} and high {self.high}; give one of them, low < high"
@@ -126,7 +130,7 @@ def correction_weights(
     gap = old - sampler
     known = torch.isfinite(gap)
     m = torch.where(known, gap, 0.0).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
-    level, mode = LEVELS[config.level], MODES[config.mode if config.active else "off"]
+    level, mode = LEVELS[config.level], MODES[str(config.mode) if config.active else "off"]
     c = mode.weights(level.log_statistic(m, segments).exp(), m.exp(), config.bounds)
     n, present = old.numel(), segments.lengths > 0
     dropped = (c == 0).to(c.dtype)

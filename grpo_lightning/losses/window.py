@@ -18,6 +18,11 @@ Gather = Callable[[Any], list[Any]]
 """returns the item of every rank, in rank order"""
 
 
+ROUNDING = 1e-4
+"""what counts as equal: the first tokens of a group share a context, and their numbers differ by rounding
+alone, which depends on how a rollout is split"""
+
+
 def choose_tokens(
     parts: Sequence[RolloutBatch], config: LossConfig, *, seed: int, gather: Gather, rank: int = 0
 ) -> list[RolloutBatch]:
@@ -39,7 +44,7 @@ def choose_tokens(
     if config.top_entropy_quantile < 1:
         entropies = torch.cat([given(p.old_entropies) for p in parts])
         everything = torch.cat(gather(entropies))
-        keep = entropies >= quantile(everything, 1 - config.top_entropy_quantile)
+        keep = entropies >= quantile(everything, 1 - config.top_entropy_quantile) - ROUNDING
         totals = replace(totals, entropy_tokens=sum(gather(int(keep.sum()))))
         fields["entropy_keep"] = keep
     pieces = {name: torch.split(mask, sizes) for name, mask in fields.items()}
@@ -73,7 +78,7 @@ def _select(
     covariance = (advantages - mean_a / total.clamp(min=1)) * (old - mean_l / total.clamp(min=1))
     count = max(1, int(config.cov_frac * int(total)))
     if not config.objective.picks_at_random:
-        return _largest(covariance, count, gather, rank)
+        return _largest((covariance / ROUNDING).round(), count, gather, rank)
     before = int(sum(float(c[2]) for c in counts[:rank]))
     order = -hashed(torch.arange(before, before + len(old)), seed)
     inside = (covariance > config.cov_low) & (covariance < config.cov_high)

@@ -22,7 +22,7 @@ LOSSES = [
     {"name": name, **CHANGES.get(name, {})}
     for name, recipe in RECIPES.items()
     if AGGREGATIONS[recipe.aggregation].split_invariant
-]
+] + [{"name": "dapo", "top_entropy_quantile": 0.3}]  # the first tokens of a group are equal up to rounding
 
 
 def run(folder, out, ranks, k, losses, steps=2, *rest):
