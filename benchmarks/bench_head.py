@@ -4,13 +4,12 @@ python benchmarks/bench_head.py                  # one GPU, the sizes of docs/pe
 python benchmarks/bench_head.py --small          # a CPU, to see that it runs
 """
 
-import argparse
 import sys
 from pathlib import Path
 from typing import Any
 
 import torch
-from measure import race, save, setting, table
+from measure import parser, race, save, setting, table
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -96,14 +95,11 @@ def show(rows: dict[str, Any]) -> str:
 
 def main() -> None:
     """Measures every size and writes the result."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rows", type=int, nargs="+", default=[16_384])
-    parser.add_argument("--hidden", type=int, nargs="+", default=[896, 2048, 4096])
-    parser.add_argument("--vocabulary", type=int, default=151_936)
-    parser.add_argument("--repeats", type=int, default=10)
-    parser.add_argument("--small", action="store_true", help="tiny sizes on the CPU")
-    parser.add_argument("--out", type=Path, default=None, help="folder of the result")
-    args = parser.parse_args()
+    options = parser(__doc__, repeats=10)
+    options.add_argument("--rows", type=int, nargs="+", default=[16_384])
+    options.add_argument("--hidden", type=int, nargs="+", default=[896, 2048, 4096])
+    options.add_argument("--vocabulary", type=int, default=151_936)
+    args = options.parse_args()
     device = torch.device("cpu" if args.small else "cuda")
     if args.small:
         args.rows, args.hidden, args.vocabulary, args.repeats = [64], [32], 997, 2

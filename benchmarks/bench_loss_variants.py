@@ -4,14 +4,13 @@ python benchmarks/bench_loss_variants.py            # one GPU, 128 completions, 
 python benchmarks/bench_loss_variants.py --small    # a CPU
 """
 
-import argparse
 import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from measure import race, save, setting, table
+from measure import parser, race, save, setting, table
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -25,11 +24,8 @@ REQUIRED = {"dppo_kl": {"dppo_low": 0.05, "dppo_high": 0.05}, "dro": {"dro_coef"
 
 def main() -> None:
     """Measures every recipe and writes the result."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--repeats", type=int, default=20)
-    parser.add_argument("--small", action="store_true", help="tiny sizes on the CPU")
-    parser.add_argument("--out", type=Path, default=None, help="folder of the result")
-    args = parser.parse_args()
+    options = parser(__doc__, repeats=20)
+    args = options.parse_args()
     device = torch.device("cpu" if args.small else "cuda")
     work = WORKLOADS["tiny" if args.small else "gsm8k-like"]
     batch = make_rollout(work, 131 if args.small else 151_936).to(device)

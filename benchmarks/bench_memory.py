@@ -4,13 +4,12 @@ python benchmarks/bench_memory.py               # one GPU: 8B, 8k and 32k tokens
 python benchmarks/bench_memory.py --small       # a CPU, to see that it runs
 """
 
-import argparse
 import sys
 from pathlib import Path
 from typing import Any
 
 import torch
-from measure import race, save, setting, table
+from measure import parser, race, save, setting, table
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
@@ -72,13 +71,10 @@ def measure(shape: str, lengths: list[int], device: torch.device, repeats: int) 
 
 def main() -> None:
     """Measures and writes the result."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--shape", default="8B", choices=list(SHAPES))
-    parser.add_argument("--lengths", type=int, nargs="+", default=[8192, 32_768])
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--small", action="store_true", help="tiny sizes on the CPU")
-    parser.add_argument("--out", type=Path, default=None, help="folder of the result")
-    args = parser.parse_args()
+    options = parser(__doc__, repeats=3)
+    options.add_argument("--shape", default="8B", choices=list(SHAPES))
+    options.add_argument("--lengths", type=int, nargs="+", default=[8192, 32_768])
+    args = options.parse_args()
     device = torch.device("cpu" if args.small else "cuda")
     if args.small:
         args.shape, args.lengths, args.repeats = "tiny", [64, 256], 1

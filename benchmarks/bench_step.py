@@ -4,14 +4,13 @@ python benchmarks/bench_step.py --shape 0.5B --work gsm8k-like      # one GPU
 python benchmarks/bench_step.py --small                             # a CPU, to see that it runs
 """
 
-import argparse
 import sys
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
-from measure import race, save, setting, table
+from measure import parser, race, save, setting, table
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
@@ -104,13 +103,10 @@ def show(result: dict[str, Any]) -> str:
 
 def main() -> None:
     """Measures and writes the result."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--shape", nargs="+", default=["0.5B", "1.5B"], choices=list(SHAPES))
-    parser.add_argument("--work", nargs="+", default=["gsm8k-like"], choices=list(WORKLOADS))
-    parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--small", action="store_true", help="tiny sizes on the CPU")
-    parser.add_argument("--out", type=Path, default=None, help="folder of the result")
-    args = parser.parse_args()
+    options = parser(__doc__, repeats=7)
+    options.add_argument("--shape", nargs="+", default=["0.5B", "1.5B"], choices=list(SHAPES))
+    options.add_argument("--work", nargs="+", default=["gsm8k-like"], choices=list(WORKLOADS))
+    args = options.parse_args()
     device = torch.device("cpu" if args.small else "cuda")
     if args.small:
         args.shape, args.work, args.repeats = ["tiny"], ["tiny"], 2

@@ -1,5 +1,6 @@
 """Times and memory of contenders in one process, one after the other in rotating order."""
 
+import argparse
 import json
 import platform
 import statistics
@@ -108,6 +109,15 @@ def table(header: Iterable[str], rows: Iterable[Iterable[Any]]) -> str:
         numbers = [c.rjust(w) for c, w in zip(rest, widths[1:], strict=True)]
         lines.append("  ".join([first.ljust(widths[0]), *numbers]))
     return "\n".join(lines)
+
+
+def parser(description: str | None, repeats: int) -> argparse.ArgumentParser:
+    """Returns the options that every script has."""
+    made = argparse.ArgumentParser(description=description)
+    made.add_argument("--repeats", type=int, default=repeats)
+    made.add_argument("--small", action="store_true", help="tiny sizes on the CPU")
+    made.add_argument("--out", type=Path, default=None, help="folder of the result")
+    return made
 
 
 def save(name: str, result: dict[str, Any], folder: Path | None = None) -> Path:

@@ -19,6 +19,7 @@ from grpo_lightning.packing import (
     RowStarts,
     balance,
     geometry,
+    interleaved,
     members_of,
     row_starts,
     runs,
@@ -134,25 +135,15 @@ class RolloutBatch:
         lengths = tuple(len(ids) for ids in kept)
         prompt_lengths = tuple(len(ids) for ids in prompt_ids)
         members = members_of(groups, len(prompt_ids))
-        tokens = [
-            t
-            for p, m in zip(prompt_ids, members, strict=True)
-            for x in (p, *(kept[s][:-1] for s in m))
-            for t in x
-        ]
         group_tokens = torch.tensor([sum(lengths[s] for s in m) for m in members], dtype=torch.int64)
-        sampled = all(c.logprobs is not None for c in completions) and bool(completions)
-        logprobs = [
-            x for c, ids in zip(completions, kept, strict=True) for x in (c.logprobs or ())[: len(ids)]
-        ]
         return cls(
-            input_ids=torch.tensor(tokens, dtype=torch.int64),
+            input_ids=torch.tensor(interleaved(prompt_ids, kept, members), dtype=torch.int64),
             target_ids=torch.tensor([t for ids in kept for t in ids], dtype=torch.int64),
             group_ids=torch.tensor(groups, dtype=torch.int64),
             rewards=torch.zeros(len(groups)) if rewards is None else rewards.float(),
             advantages=advantages.float(),
             group_tokens=group_tokens,
-            sampler_logprobs=torch.tensor(logprobs, dtype=torch.float32) if sampled else None,
+            sampler_logprobs=_sampler_logprobs(completions, kept),
             prompt_lengths=prompt_lengths,
             lengths=lengths,
             host_groups=tuple(groups),
@@ -308,3 +299,11 @@ class RolloutBatch:
         """Returns the batch less `groups`; their tokens stay in the totals."""
         keep = [s for s, g in enumerate(self.host_groups) if g not in groups]
         return self if len(keep) == len(self.lengths) else self.take(keep)
+
+
+def _sampler_logprobs(completions: Sequence[Completion], kept: Sequence[Sequence[int]]) -> Tensor | None:
+    """Returns [N] float32 of the `kept` tokens, or None unless the engine reported all of them."""
+    if not completions or any(c.logprobs is None for c in completions):
+        return None
+    flat = [x for c, ids in zip(completions, kept, strict=True) for x in (c.logprobs or ())[: len(ids)]]
+    return torch.tensor(flat, dtype=torch.float32)

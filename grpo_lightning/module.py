@@ -18,6 +18,7 @@ from grpo_lightning.errors import ConfigError, GRPOError
 from grpo_lightning.kernels import KernelConfig
 from grpo_lightning.lora import check_quantization, lora_config, starts_as_base
 from grpo_lightning.losses import Coefficients, LossConfig
+from grpo_lightning.losses.policy_loss import Weights
 from grpo_lightning.metrics import over_ranks
 from grpo_lightning.models import named, resolve_model
 from grpo_lightning.ops import policy_loss
@@ -211,7 +212,7 @@ class GRPOModule(pl.LightningModule):
         rollout = self.score(_rollout_of(batch), old=False)
         if not self._verified:
             self._verify(rollout)
-        weights = {"kl_coef": self.coefficients.kl, "entropy_coef": self.coefficients.entropy}
+        weights: Weights = {"kl_coef": self.coefficients.kl, "entropy_coef": self.coefficients.entropy}
         logprobs, entropy, log_kept = self.policy.logprobs(rollout, entropy_grad=weights["entropy_coef"] != 0)
         rollout = rollout if log_kept is None else rollout.rescored(log_kept)
         out = policy_loss(logprobs, rollout, self.loss, entropy, **weights)

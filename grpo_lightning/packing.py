@@ -81,6 +81,18 @@ def geometry(
     }
 
 
+def interleaved(
+    prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]], members: Sequence[Sequence[int]]
+) -> list[int]:
+    """Returns the T tokens: each prompt, then the completions of its group, each without its last token."""
+    tokens: list[int] = []
+    for prompt, own in zip(prompts, members, strict=True):
+        tokens.extend(prompt)
+        for s in own:
+            tokens.extend(completions[s][:-1])
+    return tokens
+
+
 def members_of(groups: Sequence[int], count: int) -> list[list[int]]:
     """Returns for each of `count` groups the indices of its members."""
     out: list[list[int]] = [[] for _ in range(count)]

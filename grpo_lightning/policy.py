@@ -224,6 +224,7 @@ class Policy(nn.Module):
                 head.weight,
                 ids[0, 1:],
                 bias=getattr(head, "bias", None),
+                backend="torch",
                 **head_scaling(causal.config),
             )
         gap = (theirs.gather(1, ids[0, 1:, None])[:, 0] - ours).abs().max().item()

@@ -115,7 +115,7 @@ class RolloutCallback(Callback):
         check_accumulation(trainer)
         loss = getattr(pl_module, "loss", None)
         if isinstance(loss, LossConfig):
-            check_loss(loss, self.sampling, self.advantage or loss.recipe.advantage)
+            check_loss(loss, self.sampling, self._advantage_of(loss))
         for key, sampling in (("sampling", self.sampling), ("validation.sampling", self.validation.sampling)):
             if sampling is not None:
                 check_context(trainer, pl_module, f"rollout.{key}", sampling)
@@ -204,6 +204,9 @@ class RolloutCallback(Callback):
             module.log(name, value, prog_bar=name in PROGRESS, batch_size=1)
         return parts * self.num_iterations
 
+    def _advantage_of(self, loss: LossConfig) -> str:
+        return self.advantage or loss.recipe.advantage
+
     def collector(self, trainer: pl.Trainer, module: Any, **changes: Any) -> Collector:
         """Returns what makes rollouts for this run; `changes` replaces settings."""
         made = Collector(
@@ -213,7 +216,7 @@ class RolloutCallback(Callback):
             num_generations=self.num_generations,
             sampling=self.sampling,
             seed=run_seed(self.seed),
-            advantage=self.advantage or module.loss.recipe.advantage,
+            advantage=self._advantage_of(module.loss),
             advantage_clip=self.advantage_clip,
             mask_truncated=self.mask_truncated_completions,
             phase=partial(profiled, trainer),

@@ -1,6 +1,7 @@
 """The rows of `SURROGATES`. A: advantages, rho: ratio, d: log-ratio, l: log-probability, sg: no gradient."""
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -117,55 +118,19 @@ def gmpo(log_ratio: Tensor, advantages: Tensor, segments: Segments, config: "Los
     return -advantages * segments.spread(segments.mean(e).exp())
 
 
-def _dppo(keep: Tensor, ratio: Tensor, advantages: Tensor, logprobs: Tensor, config: "LossConfig") -> Tensor:
-    weight = ratio.detach().clamp(max=config.dppo_weight_max) * keep.to(ratio.dtype)
-    return -weight * advantages * logprobs
-
-
-@register_surrogate(
-    "dppo_tv",
-    levels=TOKEN,
-    formula="-sg(min(rho, dppo_weight_max) keep) A l, keep: p moved by at most dppo_low / dppo_high",
-    paper="2602.04879",
-    defaults={"dppo_low": 0.2, "dppo_high": 0.2},
-    required=("dppo_low", "dppo_high"),
-    still_at_zero=True,
-)
-def dppo_tv(
-    ratio: Tensor, advantages: Tensor, logprobs: Tensor, old_logprobs: Tensor, config: "LossConfig"
-) -> Tensor:
-    """Returns REINFORCE on tokens whose probability has moved little, in total variation."""
-    return _dppo(
-        dppo_tv_keep(advantages, logprobs, old_logprobs, config), ratio, advantages, logprobs, config
-    )
+Keep = Callable[[Tensor, Tensor, Tensor, "LossConfig"], Tensor]
+"""advantages, log-probabilities now and then, config -> which tokens [N] stay"""
 
 
 def dppo_tv_keep(advantages: Tensor, logprobs: Tensor, old_logprobs: Tensor, config: "LossConfig") -> Tensor:
-    """Returns which tokens [N] stay."""
+    """Returns which tokens [N] stay: their probability has moved little, in total variation."""
     low, high = config.dppo_range
     moved = logprobs.detach().exp() - old_logprobs.exp()
     return torch.where(advantages > 0, moved <= high, moved >= -low)
 
 
-@register_surrogate(
-    "dppo_kl",
-    levels=TOKEN,
-    formula="as dppo_tv with the binary KL divergence in place of the total variation",
-    paper="2602.04879",
-    required=("dppo_low", "dppo_high"),
-    still_at_zero=True,
-)
-def dppo_kl(
-    ratio: Tensor, advantages: Tensor, logprobs: Tensor, old_logprobs: Tensor, config: "LossConfig"
-) -> Tensor:
-    """Returns REINFORCE on tokens whose probability has moved little, in binary KL divergence."""
-    return _dppo(
-        dppo_kl_keep(advantages, logprobs, old_logprobs, config), ratio, advantages, logprobs, config
-    )
-
-
 def dppo_kl_keep(advantages: Tensor, logprobs: Tensor, old_logprobs: Tensor, config: "LossConfig") -> Tensor:
-    """Returns which tokens [N] stay."""
+    """Returns which tokens [N] stay: their probability has moved little, in binary KL divergence."""
     low, high = config.dppo_range
     new = logprobs.detach()
     p, p_old = new.exp(), old_logprobs.exp()
@@ -173,6 +138,39 @@ def dppo_kl_keep(advantages: Tensor, logprobs: Tensor, old_logprobs: Tensor, con
     divergence = p_old * (old_logprobs - new) + rest
     up = (divergence <= high) | (p <= p_old)
     return torch.where(advantages > 0, up, (divergence <= low) | (p >= p_old))
+
+
+DPPO_KEEP: dict[str, Keep] = {"dppo_tv": dppo_tv_keep, "dppo_kl": dppo_kl_keep}
+
+
+def dppo(rule: Keep) -> Callable[..., Tensor]:
+    """Returns the surrogate that is REINFORCE, with a capped weight, on the tokens that `rule` keeps."""
+
+    def objective(
+        ratio: Tensor, advantages: Tensor, logprobs: Tensor, old_logprobs: Tensor, config: "LossConfig"
+    ) -> Tensor:
+        keep = rule(advantages, logprobs, old_logprobs, config).to(ratio.dtype)
+        weight = ratio.detach().clamp(max=config.dppo_weight_max) * keep
+        return -weight * advantages * logprobs
+
+    return objective
+
+
+DPPO: dict[str, Any] = {
+    "levels": TOKEN,
+    "paper": "2602.04879",
+    "required": ("dppo_low", "dppo_high"),
+    "still_at_zero": True,
+}
+register_surrogate(
+    "dppo_tv",
+    formula="-sg(min(rho, dppo_weight_max) keep) A l, keep: p moved by at most dppo_low / dppo_high",
+    defaults={"dppo_low": 0.2, "dppo_high": 0.2},
+    **DPPO,
+)(dppo(dppo_tv_keep))
+register_surrogate(
+    "dppo_kl", formula="as dppo_tv with the binary KL divergence in place of the total variation", **DPPO
+)(dppo(dppo_kl_keep))
 
 
 @register_surrogate(

@@ -1,7 +1,7 @@
 """The loss of one micro-batch: surrogate x ratio level x aggregation, corrections, KL and entropy."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor
@@ -15,6 +15,13 @@ from grpo_lightning.losses.ratios import MAX_LOG_RATIO, RATIO_LEVELS
 from grpo_lightning.losses.segments import Segments
 from grpo_lightning.losses.telemetry import clip_stats, objective_stats
 from grpo_lightning.stats import Stat, extreme, mean
+
+
+class Weights(TypedDict, total=False):
+    """The arguments of `policy_loss` that follow what they control."""
+
+    kl_coef: float
+    entropy_coef: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +59,8 @@ def policy_loss(
     """
     config = config.resolve()
     segments = Segments.of(batch)
-    coefficient = config.entropy_coef if entropy_coef is None else entropy_coef
+    kl_coef = config.kl_coef if kl_coef is None else kl_coef
+    entropy_coef = config.entropy_coef if entropy_coef is None else entropy_coef
     old, bypass = _old(logprobs, batch, config)
     log_ratio = (logprobs - old).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
     ratio = RATIO_LEVELS[str(config.ratio_level)](log_ratio, segments)
@@ -86,8 +94,8 @@ def policy_loss(
     if config.kl_coef and (kl := _kl(logprobs, batch, config, ratio)) is not None:
         stats["kl"] = mean(kl.sum(), kl.numel())
         if config.kl_in == "loss":
-            loss = loss + (config.kl_coef if kl_coef is None else kl_coef) * (weights * kl).sum()
-    loss, more = _with_entropy(loss, entropy, coefficient, batch)
+            loss = loss + kl_coef * (weights * kl).sum()
+    loss, more = _with_entropy(loss, entropy, entropy_coef, batch)
     return LossOutput(loss, stats | more | {"loss": extreme("sum", loss)})
 
 

@@ -6,7 +6,7 @@ from typing import Any
 from torch import Tensor
 
 from grpo_lightning.losses.config import LossConfig
-from grpo_lightning.losses.objectives import dppo_kl_keep, dppo_tv_keep, vespo_phi
+from grpo_lightning.losses.objectives import DPPO_KEEP, vespo_phi
 from grpo_lightning.losses.segments import Segments
 from grpo_lightning.stats import Stat, extreme, mean
 
@@ -43,13 +43,8 @@ def _vespo(i: Mapping[str, Any], s: Segments, c: LossConfig) -> dict[str, Stat]:
     return {"vespo/phi_seq_mean": mean(phi.sum(), phi.numel())}
 
 
-def _dppo_tv(i: Mapping[str, Any], s: Segments, c: LossConfig) -> dict[str, Stat]:
-    keep = dppo_tv_keep(i["advantages"], i["logprobs"], i["old_logprobs"], c)
-    return {"dppo/dropped_token_frac": mean((~keep).sum(), keep.numel())}
-
-
-def _dppo_kl(i: Mapping[str, Any], s: Segments, c: LossConfig) -> dict[str, Stat]:
-    keep = dppo_kl_keep(i["advantages"], i["logprobs"], i["old_logprobs"], c)
+def _dppo(i: Mapping[str, Any], s: Segments, c: LossConfig) -> dict[str, Stat]:
+    keep = DPPO_KEEP[str(c.surrogate)](i["advantages"], i["logprobs"], i["old_logprobs"], c)
     return {"dppo/dropped_token_frac": mean((~keep).sum(), keep.numel())}
 
 
@@ -60,8 +55,8 @@ def _cov(i: Mapping[str, Any], s: Segments, c: LossConfig) -> dict[str, Stat]:
 _OF_SURROGATE = {
     "cispo": _cispo,
     "vespo": _vespo,
-    "dppo_tv": _dppo_tv,
-    "dppo_kl": _dppo_kl,
+    "dppo_tv": _dppo,
+    "dppo_kl": _dppo,
     "clip_cov": _cov,
     "kl_cov": _cov,
 }

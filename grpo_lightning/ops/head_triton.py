@@ -29,6 +29,15 @@ def _tempered(raw, tau, scale, cap, HAS_CAP: tl.constexpr):
 
 
 @triton.jit
+def _block(z_row, bias_ptr, c, inside, tau, scale, cap, HAS_CAP: tl.constexpr, HAS_BIAS: tl.constexpr):
+    """Returns the columns `c` of a row, tempered in base 2, and their slope."""
+    raw = tl.load(z_row + c, mask=inside, other=0.0)
+    if HAS_BIAS:
+        raw += tl.load(bias_ptr + c, mask=inside, other=0.0).to(tl.float32)
+    return _tempered(raw, tau, scale, cap, HAS_CAP)
+
+
+@triton.jit
 def _log1p(u):
     """Returns log(1 + u) for u in [0, 1], precise near 0 (Kahan)."""
     w = 1.0 + u
@@ -58,10 +67,7 @@ def _rows(
     for start in range(0, vocabulary, BLOCK):
         c = start + columns
         inside = c < vocabulary
-        raw = tl.load(z_row + c, mask=inside, other=0.0)
-        if HAS_BIAS:
-            raw += tl.load(bias_ptr + c, mask=inside, other=0.0).to(tl.float32)
-        x, _unused = _tempered(raw, tau, scale, cap, HAS_CAP)
+        x, _unused = _block(z_row, bias_ptr, c, inside, tau, scale, cap, HAS_CAP, HAS_BIAS)
         new = tl.maximum(top, tl.max(tl.where(inside, x, -3.0e38), 0))
         d = tl.where(inside, x - new, 0.0)
         p = tl.where(inside, tl.exp2(d), 0.0)
@@ -87,10 +93,7 @@ def _rows(
         for start in range(0, vocabulary, BLOCK):
             c = start + columns
             inside = c < vocabulary
-            raw = tl.load(z_row + c, mask=inside, other=0.0)
-            if HAS_BIAS:
-                raw += tl.load(bias_ptr + c, mask=inside, other=0.0).to(tl.float32)
-            x, slope = _tempered(raw, tau, scale, cap, HAS_CAP)
+            x, slope = _block(z_row, bias_ptr, c, inside, tau, scale, cap, HAS_CAP, HAS_BIAS)
             p = tl.exp2(x - top) / total
             q = tl.where(c == y, rest, -p) * g
             if HAS_E:

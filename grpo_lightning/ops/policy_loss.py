@@ -4,7 +4,7 @@ A backend is a function that returns a `LossGrad`; what calls `policy_loss` does
 torch twin differentiates the tables of `losses/` as they are, so it holds for every row, a user's own too.
 """
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Unpack
 
 import torch
 from torch import Tensor
@@ -12,6 +12,7 @@ from torch import Tensor
 from grpo_lightning import losses
 from grpo_lightning.batch import RolloutBatch
 from grpo_lightning.losses import LossConfig, LossOutput
+from grpo_lightning.losses.policy_loss import Weights
 from grpo_lightning.stats import Stat
 
 
@@ -29,15 +30,13 @@ def policy_loss_grad(
     batch: RolloutBatch,
     config: LossConfig,
     entropy: Tensor | None = None,
-    *,
-    kl_coef: float | None = None,
-    entropy_coef: float | None = None,
+    **weights: Unpack[Weights],
 ) -> LossGrad:
     """Returns loss, gradient and statistics; the torch twin. Arguments as in `losses.policy_loss`."""
     with torch.enable_grad():
         leaf = logprobs.detach().requires_grad_()
         spread = None if entropy is None else entropy.detach().requires_grad_()
-        out = losses.policy_loss(leaf, batch, config, spread, kl_coef=kl_coef, entropy_coef=entropy_coef)
+        out = losses.policy_loss(leaf, batch, config, spread, **weights)
         wanted = [leaf] if spread is None else [leaf, spread]
         grads = torch.autograd.grad(out.loss, wanted, allow_unused=True)
     dlogprobs = torch.zeros_like(leaf) if grads[0] is None else grads[0]
@@ -49,15 +48,13 @@ def policy_loss(
     batch: RolloutBatch,
     config: LossConfig,
     entropy: Tensor | None = None,
-    *,
-    kl_coef: float | None = None,
-    entropy_coef: float | None = None,
+    **weights: Unpack[Weights],
 ) -> LossOutput:
     """Returns the loss, attached to `logprobs` and `entropy` by the gradient that was computed with it.
 
     Arguments and errors as in `losses.policy_loss`, which this equals in value, gradient and statistics.
     """
-    out = policy_loss_grad(logprobs, batch, config, entropy, kl_coef=kl_coef, entropy_coef=entropy_coef)
+    out = policy_loss_grad(logprobs, batch, config, entropy, **weights)
     loss = _Attached.apply(logprobs, entropy, out.loss, out.dlogprobs, out.dentropy)
     return LossOutput(loss, out.stats)  # pyright: ignore[reportArgumentType]  # apply() is untyped
 

@@ -214,3 +214,6 @@ def test_kl_in_the_reward_needs_a_sum_of_rewards(model_folder, tmp_path):
 def test_what_is_seldom_meant_is_said(model_folder, changes, said):
     with pytest.warns(UserWarning, match=said):
         module(model_folder, loss=LossConfig(**changes))
+    (caution,) = LossConfig(**changes).resolve().cautions()
+    assert said in caution
+    assert LossConfig().resolve().cautions() == []

@@ -1,4 +1,4 @@
-"""What cannot work, or would not be the same run again, is refused by name; found by review."""
+"""What cannot work, or would not be the same run again, is refused by name or said."""
 
 import pytest
 import torch
@@ -107,9 +107,12 @@ def test_a_kernel_that_has_nothing_to_do_says_so(model_folder, tmp_path):
     m = module(model_folder, kernels=KernelConfig(lora="on"))
     with pytest.warns(UserWarning, match=r"14 of 14 LoRA layers run peft's own forward \(autocast\)"):
         trainer(tmp_path / "a", rollout(), max_steps=1, precision="bf16-mixed").fit(m, data())
+    assert not any(type(x).__name__.startswith("Fused") for x in m.policy.modules())
     m = module(model_folder, lora=None, kernels=KernelConfig(lora="on"))
     with pytest.warns(UserWarning, match="there are none to exchange"):
         trainer(tmp_path / "b", rollout(), max_steps=1).fit(m, data())
+    assert m.policy.prepared.chosen["lora"]
+    assert not any(type(x).__name__.startswith("Fused") for x in m.policy.modules())
 
 
 def test_the_table_shows_the_advantages_that_train(model_folder, tmp_path):

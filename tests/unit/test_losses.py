@@ -385,6 +385,29 @@ def test_gradients_are_differences_with_detached_parts_held(name, level, kl, mon
     torch.testing.assert_close(gradient(b, config, lp), want, atol=1e-8, rtol=1e-6)
 
 
+@pytest.mark.parametrize(("name", "level"), levels_of(RECIPES))
+def test_gradcheck(name, level):
+    """torch's own, with what is detached held at its value at the point, since it is a constant there."""
+    b = with_selection(random_rollout(seed=5))
+    n = len(b.target_ids)
+    g = torch.Generator().manual_seed(9)
+    old, ref, sampler, lp = (-torch.rand(n, dtype=torch.float64, generator=g) for _ in range(4))
+    b = replace(b, old_logprobs=old, ref_logprobs=ref, sampler_logprobs=sampler)
+    config = recipe(name, ratio_level=level, kl_coef=0.05, kl_in="loss")
+    held, real = [], torch.Tensor.detach
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.Tensor, "detach", lambda x: held.append(real(x)) or held[-1])
+        policy_loss(lp, b, config)
+
+    def loss(x):
+        constants = iter(held)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(torch.Tensor, "detach", lambda _: next(constants))
+            return policy_loss(x, b, config).loss
+
+    assert torch.autograd.gradcheck(loss, lp.clone().requires_grad_(), atol=1e-7)
+
+
 @pytest.mark.parametrize("name", RECIPES)
 def test_nothing_to_train_is_zero_and_differentiable(name):
     b = with_selection(random_rollout()).take([])
