@@ -34,7 +34,7 @@ def fused_linear_logprobs(
     logit_scale: float = 1.0,
     entropy_grad: bool = False,
     chunk_rows: int | None = None,
-    backend: str = "auto",
+    backend: str = "torch",
 ) -> tuple[Tensor, Tensor]:
     """Returns log-probabilities [N] and entropies [N] of softmax((hidden @ weight.T) / temperature).
 
@@ -50,7 +50,7 @@ def fused_linear_logprobs(
         logit_scale: multiplies the logits before the softcap.
         entropy_grad: whether the entropies carry a gradient (they cost memory for another [N, H] then).
         chunk_rows: rows whose logits exist at one time; None derives them from a memory budget.
-        backend: auto, torch or triton.
+        backend: torch, triton, or auto, which is triton on CUDA.
 
     Raises:
         ValueError: `temperature` is not positive.
