@@ -8,8 +8,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+from fits import data, long, module, rollout, sgd, trainer, vowels, weights
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
-from runs import data, long, module, rollout, sgd, trainer, vowels, weights
 
 from grpo_lightning.losses import LossConfig
 

@@ -4,8 +4,8 @@ from dataclasses import replace
 
 import pytest
 import torch
+from fits import ROWS, data, module, rollout, rows_of, same_bits, sgd, trainer, vowels, weights
 from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
-from runs import ROWS, data, module, rollout, rows_of, same_bits, sgd, trainer, vowels, weights
 
 from grpo_lightning import PromptDataModule, SamplingParams
 from grpo_lightning.callbacks import RunReport, SampleTable, ValidationConfig

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
+from fits import data, module, rollout, rows_of, trainer, weights
 from models import random_rollout, tiny_llama
-from runs import data, module, rollout, rows_of, trainer, weights
 from tiny import tiny_tokenizer
 
 from grpo_lightning.errors import ConfigError, GRPOError

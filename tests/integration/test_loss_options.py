@@ -4,8 +4,8 @@ import warnings
 
 import pytest
 import torch
+from fits import data, module, rollout, rows_of, same_bits, trainer, weights
 from lightning.pytorch.callbacks import ModelCheckpoint
-from runs import data, module, rollout, rows_of, same_bits, trainer, weights
 
 from grpo_lightning import SamplingParams
 from grpo_lightning.errors import ConfigError

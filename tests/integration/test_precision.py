@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from runs import data, module, rollout, rows_of, trainer, weights
+from fits import data, module, rollout, rows_of, trainer, weights
 
 from grpo_lightning.losses import LossConfig
 

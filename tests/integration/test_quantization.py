@@ -2,8 +2,8 @@
 
 import pytest
 import torch
+from fits import data, module, rollout, rows_of, same_bits, trainer, weights
 from models import random_rollout, save_tiny
-from runs import data, module, rollout, rows_of, same_bits, trainer, weights
 
 from grpo_lightning import kernels
 from grpo_lightning.errors import ConfigError

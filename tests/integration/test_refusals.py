@@ -2,9 +2,9 @@
 
 import pytest
 import torch
+from fits import data, module, rollout, trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from models import random_rollout
-from runs import data, module, rollout, trainer
 
 from grpo_lightning.errors import ConfigError, GRPOError
 from grpo_lightning.kernels import KernelConfig
