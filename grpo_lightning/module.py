@@ -25,12 +25,10 @@ from grpo_lightning.ops import policy_loss
 from grpo_lightning.reference import ReferenceConfig
 from grpo_lightning.samples import PromptBatch
 from grpo_lightning.stats import Stat, combine, extreme, mean
+from grpo_lightning.verification import engine_distance, first_step_distance
 
 if TYPE_CHECKING:
     from grpo_lightning.policy import Policy
-
-LARGEST_DISTANCE = {torch.float64: 1e-3, torch.float32: 1e-3, torch.float16: 0.05, torch.bfloat16: 0.1}
-"""mean distance, in nats, of two forwards that differ by rounding alone"""
 
 
 def _adamw(params: Any) -> torch.optim.Optimizer:
@@ -97,6 +95,8 @@ class GRPOModule(pl.LightningModule):
         self.policy: Policy = cast("Policy", None)
         self.strict_loading = False  # checkpoints hold only what trains; `on_load_checkpoint` checks the rest
         self._window: list[Mapping[str, Stat]] = []
+        self.window_metrics: dict[str, float] = {}
+        """what the loss of the latest optimizer step logged"""
         self.coefficients = Coefficients(self.loss)
         self._tokenizer: Any = None
         self._model_path: str | None = None
@@ -233,32 +233,10 @@ class GRPOModule(pl.LightningModule):
 
     def _verify(self, rollout: RolloutBatch) -> None:
         """Compares a few completions with the model as it was loaded, and logs how far apart they are."""
-        few, stats = rollout.few(), {}
-        name = "check/logprob_distance"
-        if few.lengths:
-            distance = self.policy.distance_from_plain(few)
-            stats = {f"{name}_mean": mean(distance.sum(), len(distance))}
-            stats[f"{name}_max"] = extreme("max", distance.max())
-        found = over_ranks(stats)  # all ranks together: if one stops, all do
-        if not found and not stats:
-            return
-        self._verified = True
-        for key, value in found.items():
-            self.log(key, value, batch_size=1)
-        mean_distance, allowed = found.get(f"{name}_mean", float("nan")), self._largest_distance()
-        if not mean_distance <= allowed:
-            on = [key for key, chosen in self.policy.prepared.chosen.items() if chosen]
-            raise GRPOError(
-                f"the packed forward gives log-probabilities that are {mean_distance:.3g} nats on average "
-                f"from the model's own; at most {allowed:g} is rounding. Kernels: {', '.join(on) or 'none'}; "
-                "switch them off (model.kernels) or use another architecture"
-            )
-
-    def _largest_distance(self) -> float:
-        device, kind = self.device.type, self.policy.causal.dtype
-        kind = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else kind
-        tf32 = device == "cuda" and torch.get_float32_matmul_precision() != "highest"
-        return 0.01 if tf32 and kind == torch.float32 else LARGEST_DISTANCE[kind]
+        found = first_step_distance(self.policy, rollout)
+        self._verified = bool(found)
+        for name, value in found.items():
+            self.log(name, value, batch_size=1)
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """Steps, and lets the reference follow; here, so that a checkpoint of this step holds both."""
@@ -276,7 +254,7 @@ class GRPOModule(pl.LightningModule):
         if lag == 0 and rollout.old_logprobs is not None and len(logprobs):
             error = ((logprobs - rollout.old_logprobs).exp() - 1).abs().max()
             stats["ratio/first_pass_max_error"] = extreme("max", error)
-        return stats
+        return stats | (engine_distance(rollout, logprobs) if lag == 0 else {})
 
     def _window_is_full(self, batch_idx: int) -> bool:
         k = self.trainer.accumulate_grad_batches
@@ -292,6 +270,7 @@ class GRPOModule(pl.LightningModule):
             )
         metrics |= self.coefficients.metrics()
         self.coefficients.step(metrics)
+        self.window_metrics = metrics
         for name, value in metrics.items():
             self.log(name, value, prog_bar=name == "kl", batch_size=1)
 

@@ -83,6 +83,15 @@ class Policy(nn.Module):
         return unwrap(self.model)
 
     @property
+    def compute_dtype(self) -> torch.dtype:
+        """The type a training step computes in, autocast included."""
+        device = self.causal.device.type
+        with self.precision():
+            return (
+                torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.causal.dtype
+            )
+
+    @property
     def is_lora(self) -> bool:
         """Whether an adapter is trained and the base is frozen."""
         return hasattr(self.model, "peft_config")

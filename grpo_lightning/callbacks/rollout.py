@@ -13,7 +13,7 @@ from grpo_lightning.batch import RolloutBatch
 from grpo_lightning.callbacks.evaluation import Evaluation, ValidationConfig
 from grpo_lightning.callbacks.parts import make_parts
 from grpo_lightning.callbacks.plan import print_plan
-from grpo_lightning.callbacks.state import batch_state, random_state, restore_batch, restore_random_state
+from grpo_lightning.callbacks.state import batch_state, restore_batch
 from grpo_lightning.callbacks.surroundings import (
     Clock,
     check_accumulation,
@@ -21,8 +21,9 @@ from grpo_lightning.callbacks.surroundings import (
     check_counts,
     check_epoch,
     check_loss,
+    check_parity,
     check_sampling,
-    longest_prompt,
+    engine_context,
     profiled,
     run_seed,
     trainer_state,
@@ -32,8 +33,9 @@ from grpo_lightning.losses import LossConfig
 from grpo_lightning.metrics import gather, over_ranks
 from grpo_lightning.rewards.suite import Rewards
 from grpo_lightning.rollout.collect import Collector, Rollout
-from grpo_lightning.rollout.engine import EngineContext, RolloutEngine
+from grpo_lightning.rollout.engine import RolloutEngine, describe
 from grpo_lightning.rollout.hf import HFEngine
+from grpo_lightning.rollout.process_guard import random_state, restore_random_state
 from grpo_lightning.rollout.recording import record
 from grpo_lightning.samples import PromptBatch, SamplingParams
 from grpo_lightning.stats import extreme, mean_of
@@ -64,6 +66,9 @@ class RolloutCallback(Callback):
             out of the rollout; null takes the recipe's (drop for scalerl only).
         validation: how validation and test sample; null is greedy, one completion per prompt.
         seed: of the sampling; null takes seed_everything's.
+        max_parity: the run stops when the engine's log-probabilities are further than this from the
+            trainer's, in nats, on average: it samples from another policy then. null takes 0.02 in fp32,
+            else 0.2.
         record_to: folder for parquet files of everything sampled; null writes none.
     """
 
@@ -82,6 +87,7 @@ class RolloutCallback(Callback):
         zero_variance_groups: Literal["keep", "drop"] | None = None,
         validation: ValidationConfig = ValidationConfig(),  # noqa: B008 - frozen
         seed: int | None = None,
+        max_parity: float | None = None,
         record_to: str | None = None,
     ) -> None:
         check_counts(num_generations, updates_per_rollout, num_iterations)
@@ -97,6 +103,7 @@ class RolloutCallback(Callback):
         self.zero_variance_groups = zero_variance_groups
         self.validation = validation
         self.seed = seed
+        self.max_parity = max_parity
         self.record_to = None if record_to is None else Path(record_to)
         self._parts: list[RolloutBatch] = []
         self._samples: dict[str, list[Any]] | None = None
@@ -126,17 +133,8 @@ class RolloutCallback(Callback):
     def _start(self, trainer: pl.Trainer, module: Any) -> None:
         if self._started:
             return
-        self.engine.start(
-            EngineContext(
-                policy=module.policy,
-                model_path=module.model_path,
-                max_model_len=longest_prompt(trainer) + self.sampling.max_tokens,
-                sampling=self.sampling,
-                world_size=trainer.world_size,
-                rank=trainer.global_rank,
-                local_rank=trainer.local_rank,
-            )
-        )
+        others = [] if self.validation.sampling is None else [self.validation.sampling]
+        self.engine.start(engine_context(trainer, module, self.sampling, *others))
         self._started = True
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -180,6 +178,12 @@ class RolloutCallback(Callback):
         if batch.part + 1 == batch.parts:
             pl_module.log("tokens_per_second", self._clock.rate(), prog_bar=True, batch_size=1)
             self._parts = []
+
+    def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: Any, optimizer: Any) -> None:
+        """Stops a run whose engine samples from another policy than trains, before a weight changes."""
+        distance = getattr(pl_module, "window_metrics", {}).get("sampling/parity_mean")
+        if distance is not None and getattr(self.engine, "exact", True):
+            check_parity(distance, self.max_parity, pl_module.policy.compute_dtype, describe(self.engine))
 
     def _roll(self, trainer: pl.Trainer, module: Any, prompts: PromptBatch) -> list[RolloutBatch]:
         """Returns the M micro-batches of a new rollout, in the order in which they train."""

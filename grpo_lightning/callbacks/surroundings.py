@@ -14,14 +14,41 @@ from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.utilities import rank_zero_warn
 
 from grpo_lightning.advantages import ADVANTAGES
-from grpo_lightning.errors import ConfigError, choices
+from grpo_lightning.errors import ConfigError, EngineError, choices
 from grpo_lightning.losses import LossConfig
+from grpo_lightning.rollout.engine import EngineContext
 from grpo_lightning.samples import SamplingParams
 
 
 def longest_prompt(trainer: pl.Trainer) -> int:
     """Returns the tokens of the longest prompt the datamodule knows of; 0 if it does not say."""
     return getattr(getattr(trainer, "datamodule", None), "longest_prompt", 0)
+
+
+def engine_context(
+    trainer: pl.Trainer, module: Any, sampling: SamplingParams, *others: SamplingParams
+) -> EngineContext:
+    """Returns what an engine may know before it starts.
+
+    Args:
+        trainer: with its strategy set up.
+        module: the policy is loaded.
+        sampling: of training.
+        others: of validation, which may ask for longer completions.
+    """
+    from_pretrained = {"trust_remote_code": getattr(module, "trust_remote_code", False)}
+    prompt = longest_prompt(trainer)
+    return EngineContext(
+        policy=module.policy,
+        model_path=module.model_path,
+        max_model_len=prompt + max(s.max_tokens for s in (sampling, *others)) if prompt else None,
+        sampling=sampling,
+        model_kwargs={**from_pretrained, **getattr(module, "model_kwargs", {})},
+        corrected=module.loss.correction.mode != "off",
+        world_size=trainer.world_size,
+        rank=trainer.global_rank,
+        local_rank=trainer.local_rank,
+    )
 
 
 def run_seed(seed: int | None) -> int:
@@ -91,6 +118,26 @@ def check_context(trainer: pl.Trainer, module: Any, key: str, sampling: Sampling
             f"but the model "
             f"takes {context} in all: lower {key}.max_tokens to {max(context - longest, 0)}, or "
             "data.max_prompt_tokens"
+        )
+
+
+def check_parity(distance: float, allowed: float | None, dtype: torch.dtype, engine: str) -> None:
+    """Raises EngineError if the engine is further from the trainer's policy than rounding explains.
+
+    Args:
+        distance: mean over sampled tokens, in nats.
+        allowed: None takes what is usual for `dtype`.
+        dtype: of the model.
+        engine: its name.
+    """
+    if allowed is None:
+        allowed = 0.02 if dtype in (torch.float32, torch.float64) else 0.2
+    if not distance <= allowed:
+        raise EngineError(
+            f"{engine} does not sample from the policy that trains: its log-probabilities are {distance:.3g} "
+            f"nats from the trainer's on average, at most {allowed:g} is rounding (rollout.max_parity). The "
+            "weights of the last checkpoint are sound; check rollout.engine, or take "
+            "grpo_lightning.rollout.HFEngine"
         )
 
 

@@ -1,8 +1,8 @@
 """The seam between training and sampling: token ids go in, token ids and their log-probabilities come out."""
 
 import hashlib
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
 from grpo_lightning.policy import Policy
@@ -26,9 +26,13 @@ class EngineContext:
 
     policy: Policy
     model_path: str
-    max_model_len: int
-    """longest prompt plus longest completion, in tokens"""
+    max_model_len: int | None
+    """longest prompt plus longest completion, in tokens; None where the data does not say"""
     sampling: SamplingParams
+    model_kwargs: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    """passed to `from_pretrained`, trust_remote_code and revision among them"""
+    corrected: bool = False
+    """whether the loss corrects for an engine that samples from something else than the policy"""
     world_size: int = 1
     rank: int = 0
     local_rank: int = 0
@@ -38,7 +42,8 @@ class EngineContext:
 class RolloutEngine(Protocol):
     """Samples completions from a policy that it is given; holds no training state.
 
-    `policy_version` is the version last given to `sync`; a rollout asserts that it is being trained.
+    `policy_version` is the version last given to `sync`; a rollout asserts that it is being trained. An
+    engine whose numbers need not be the policy's sets `exact = False`; all others are compared in each step.
     """
 
     policy_version: int

@@ -49,6 +49,7 @@ class ReplayEngine:
                 f"rollout.engine.path is {path!r}: no rollout-*.parquet there; record with rollout.record_to"
             )
         self.policy_version = -1
+        self.exact = False  # what was recorded need not come from the policy that trains now
         self.path = path
         self._known: dict[tuple[int, int, int], tuple[list[int], Completion]] = {}
         for file in files:

@@ -1,57 +1,248 @@
-"""`VLLMEngine`: the colocated vLLM engine's options and its check that vLLM is there."""
+"""`VLLMEngine`: vLLM in the trainer's process, handed the policy's weights in memory before it samples."""
 
-import importlib.util
-from collections.abc import Sequence
+import gc
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from time import perf_counter
+from typing import Any, Literal
 
-from grpo_lightning.errors import ConfigError, EngineError
+import torch
+from lightning.pytorch.utilities import rank_zero_info
+
+from grpo_lightning.errors import ConfigError, EngineError, choices
 from grpo_lightning.policy import Policy
 from grpo_lightning.rollout.engine import EngineContext, Request
+from grpo_lightning.rollout.process_guard import process_kept
+from grpo_lightning.rollout.vllm_compat import (
+    check_version,
+    fused_modules,
+    import_vllm,
+    installed,
+    lora_request,
+    put_adapter,
+    put_weights,
+    shut_down,
+)
+from grpo_lightning.rollout.vllm_options import engine_arguments, request_parameters
+from grpo_lightning.rollout.weights import KINDS, adapter_of, all_weights, choose_kind, merged_weights
 from grpo_lightning.samples import Completion, SamplingParams
+
+SLEEPS = ("auto", "weights", "kv_cache", "off")
 
 
 class VLLMEngine:
-    """vLLM in the trainer's process. Not built yet: it can be configured, and starting it says so.
+    """vLLM in the trainer's process: token ids in, token ids and their log-probabilities out.
 
     Args:
+        sync: how weights get there. `adapter` pushes the LoRA tensors into the engine's slot, `merge` writes
+            the base with the adapter added in fp32, `full` writes all weights; `auto` takes full without
+            LoRA, adapter on a 4-bit base, else merge.
         gpu_memory_utilization: share of the GPU's memory for weights and KV cache of the engine.
+        kv_cache_memory_bytes: size of the KV cache; null takes what the share above leaves, and on a CPU what
+            `max_num_seqs` completions need.
         max_model_len: longest prompt plus completion; null takes the data's and the sampling's limits.
-        sleep: give the KV cache back while training.
+        max_num_seqs: most completions decoded at one time.
+        sleep: what the engine gives back while the trainer works: `weights` (and the KV cache), `kv_cache`
+            alone (vLLM 0.31 and later), `off`; `auto` or true takes kv_cache where it is to be had, else
+            weights, and off on a CPU.
+        enforce_eager: no CUDA graphs: starts in seconds, decodes slower.
+        allow_mismatch: sample from an unquantised base for a trainer in 4 bit. Two different policies (0.5
+            nats apart on a small model), so model.loss.correction has to be on.
+        engine_kwargs: further arguments of vllm.LLM, e.g. {max_num_batched_tokens: 16384}.
 
     Raises:
-        ConfigError: vLLM is not installed.
+        ConfigError: vLLM is not installed, or of a version that is not supported.
     """
 
     def __init__(
-        self, gpu_memory_utilization: float = 0.35, max_model_len: int | None = None, sleep: bool = True
+        self,
+        sync: Literal["auto", "adapter", "merge", "full"] = "auto",
+        gpu_memory_utilization: float = 0.35,
+        kv_cache_memory_bytes: int | None = None,
+        max_model_len: int | None = None,
+        max_num_seqs: int = 256,
+        sleep: str | bool = "auto",
+        enforce_eager: bool = False,
+        allow_mismatch: bool = False,
+        engine_kwargs: dict[str, Any] | None = None,
     ) -> None:
-        if importlib.util.find_spec("vllm") is None:
+        if not installed():
             raise ConfigError(
                 "rollout.engine is VLLMEngine, but vllm is not installed: "
                 'pip install "grpo-lightning[vllm]", or use grpo_lightning.rollout.HFEngine'
             )
-        self.gpu_memory_utilization, self.max_model_len, self.sleeps = (
+        check_version()
+        if not 0 < gpu_memory_utilization <= 1:
+            raise ConfigError(
+                f"rollout.engine.gpu_memory_utilization is {gpu_memory_utilization}; it must be in (0, 1]"
+            )
+        if max_num_seqs < 1:
+            raise ConfigError(f"rollout.engine.max_num_seqs is {max_num_seqs}; it must be at least 1")
+        sleep = {True: "auto", False: "off"}.get(sleep, sleep) if isinstance(sleep, bool) else sleep
+        if sleep not in SLEEPS:
+            raise ConfigError(f"rollout.engine.sleep is {choices(sleep, SLEEPS)}")
+        if sync not in KINDS:
+            raise ConfigError(f"rollout.engine.sync is {choices(sync, KINDS)}")
+        self.sync_kind, self.sleep_mode = sync, sleep
+        self.gpu_memory_utilization, self.kv_cache_memory_bytes = (
             gpu_memory_utilization,
-            max_model_len,
-            sleep,
+            kv_cache_memory_bytes,
         )
+        self.max_model_len, self.max_num_seqs = max_model_len, max_num_seqs
+        self.enforce_eager, self.allow_mismatch = enforce_eager, allow_mismatch
+        self.engine_kwargs = dict(engine_kwargs or {})
         self.policy_version = -1
+        self.exact = not allow_mismatch
+        self._llm: Any = None
+        self._asleep = False
+        self._stop_ids: list[int] = []
+        self._vocabulary = 0
+        self._longest = 0
+        self._dtype = torch.float32
 
     def start(self, context: EngineContext) -> None:
-        """Raises EngineError: there is no vLLM engine in this version."""
-        raise EngineError(
-            "this version of grpo-lightning cannot run vLLM yet; use grpo_lightning.rollout.HFEngine"
-        )
+        """Loads the model into vLLM; the process is left as it was.
+
+        Raises:
+            ConfigError: options, policy and engine do not fit together.
+            EngineError: vLLM did not start.
+        """
+        policy = context.policy
+        self.sync_kind = choose_kind(policy, self.sync_kind)
+        arguments = engine_arguments(self, context)
+        self._dtype = getattr(torch, arguments["dtype"])
+        self._stop_ids, self._vocabulary = policy.eos_ids, policy.causal.config.get_text_config().vocab_size
+        self._had_group = torch.distributed.is_initialized()
+        began = perf_counter()
+        rank_zero_info(f"starting vLLM ({self.sync_kind} sync) ...")
+        with process_kept(), _named("start"):
+            self._llm = import_vllm().LLM(**arguments)
+        self._longest = self._llm.llm_engine.model_config.max_model_len
+        self.sleep_mode = self._sleep_that_fits(policy)
+        rank_zero_info(f"vLLM is up after {perf_counter() - began:.1f} s; sleep: {self.sleep_mode}")
+
+    def _sleep_that_fits(self, policy: Policy) -> str:
+        has_kv = hasattr(self._llm, "release_kv_cache_memory")
+        if policy.causal.device.type == "cpu":
+            return "off"
+        if self.sleep_mode == "auto":
+            return "kv_cache" if has_kv else "weights"
+        if self.sleep_mode == "kv_cache" and not has_kv:
+            raise ConfigError(
+                "rollout.engine.sleep is 'kv_cache', which needs vLLM 0.31 or later; take 'weights' or 'auto'"
+            )
+        return self.sleep_mode
 
     def sync(self, policy: Policy, version: int) -> None:
-        """Never reached: `start` raises."""
-        raise EngineError("VLLMEngine was not started")
+        """Makes the engine serve the weights of `policy`, and forgets what it has cached of older ones.
+
+        Raises:
+            EngineError: the engine does not hold what was sent.
+        """
+        llm = self._awake()
+        with process_kept(), _named("take the weights"), torch.no_grad():
+            if self.sync_kind == "adapter":
+                sent = adapter_of(policy)
+                llm.collective_rpc(put_adapter, args=(sent.tensors, sent.config))
+            else:
+                (fused,) = llm.collective_rpc(fused_modules)
+                source = (
+                    all_weights(policy, self._dtype)
+                    if self.sync_kind == "full"
+                    else merged_weights(policy, self._dtype, fused)
+                )
+                llm.collective_rpc(put_weights, args=(source,))
+            if not llm.reset_prefix_cache():
+                raise EngineError("vLLM kept cached prefixes of the old policy: requests are still running")
+        self.policy_version = version
 
     def generate(self, requests: Sequence[Request], sampling: SamplingParams) -> list[list[Completion]]:
-        """Never reached: `start` raises."""
-        raise EngineError("VLLMEngine was not started")
+        """Returns for each request one completion per seed, in order.
+
+        Raises:
+            EngineError: the engine refuses a prompt, which is named, or has died.
+        """
+        llm = self._awake()
+        if self.policy_version < 0:
+            raise EngineError("VLLMEngine has no policy yet: call sync(policy, version) before generate")
+        for r in requests:
+            self._check(r, sampling)
+        prompts = [{"prompt_token_ids": r.prompt_ids} for r in requests for _ in r.seeds]
+        parameters = request_parameters(sampling, [s for r in requests for s in r.seeds], self._stop_ids)
+        adapter = lora_request(self.policy_version) if self.sync_kind == "adapter" else None
+        with process_kept(), _named("generate"):
+            outputs = llm.generate(prompts, parameters, use_tqdm=False, lora_request=adapter)
+        done = (_completion(o.outputs[0]) for o in outputs)
+        return [[next(done) for _ in r.seeds] for r in requests]
+
+    def _check(self, request: Request, sampling: SamplingParams) -> None:
+        """Raises EngineError for a prompt that vLLM would refuse without saying which."""
+        ids, where = request.prompt_ids, f"prompt {request.uid} of rollout {request.rollout_index}"
+        if not ids:
+            raise EngineError(f"{where} has no tokens")
+        if len(ids) + sampling.max_tokens > self._longest:
+            raise EngineError(
+                f"{where} has {len(ids)} tokens, with max_tokens {sampling.max_tokens} more than the "
+                f"engine's {self._longest}; lower data.max_prompt_tokens or raise "
+                "rollout.engine.max_model_len"
+            )
+        if not 0 <= min(ids) <= max(ids) < self._vocabulary:
+            raise EngineError(f"{where} has token ids outside of the model's {self._vocabulary}")
 
     def sleep(self) -> None:
-        """Nothing is held."""
+        """Gives memory back until the next `sync` or `generate`."""
+        if self._llm is None or self._asleep or self.sleep_mode == "off":
+            return
+        with process_kept(), _named("sleep"):
+            if self.sleep_mode == "kv_cache":
+                self._llm.sleep(level=0)
+                self._llm.release_kv_cache_memory()
+            else:
+                self._llm.sleep(level=1)
+        self._asleep = True
+        torch.cuda.empty_cache()
+
+    def _awake(self) -> Any:
+        """Returns the engine, woken if it sleeps."""
+        if self._llm is None:
+            raise EngineError("VLLMEngine was not started: call start(context) first")
+        if self._asleep:
+            torch.cuda.empty_cache()
+            with process_kept(), _named("wake up"):
+                self._llm.wake_up()
+            self._asleep = False
+        return self._llm
 
     def close(self) -> None:
-        """Nothing is held."""
+        """Ends the engine and frees what it holds."""
+        if self._llm is None:
+            return
+        llm, self._llm = self._llm, None
+        with process_kept():
+            shut_down(llm, keep_process_group=self._had_group)
+            del llm
+            gc.collect()
+        self.policy_version, self._asleep = -1, False
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+def _completion(output: Any) -> Completion:
+    reason = "length" if output.finish_reason == "length" else "stop"
+    return Completion(
+        token_ids=list(output.token_ids), logprobs=list(output.logprobs.logprobs), finish_reason=reason
+    )
+
+
+@contextmanager
+def _named(action: str) -> Iterator[None]:
+    """Turns whatever vLLM raises into an EngineError."""
+    try:
+        yield
+    except (EngineError, ConfigError, KeyboardInterrupt):
+        raise
+    except Exception as e:
+        raise EngineError(
+            f"vLLM could not {action}: {type(e).__name__}: {e}; the last checkpoint is untouched: resume "
+            "with --ckpt_path last"
+        ) from e

@@ -15,9 +15,10 @@ FLOORS = [  # from the ground up; a module may import its own floor's neighbours
     ("losses", "advantages"),
     ("ops",),
     ("models", "layouts", "reference", "lora", "kernels", "policy", "loading", "data", "rewards",
-     "rollout.engine", "rollout.sampling", "rollout.hf", "rollout.vllm", "rollout.recording", "schedulers"),
+     "rollout.engine", "rollout.sampling", "rollout.hf", "rollout.recording", "rollout.process_guard",
+     "rollout.weights", "rollout.vllm", "rollout.vllm_compat", "rollout.vllm_options", "schedulers"),
     ("metrics", "rollout.collect", "rollout"),
-    ("module", "checkpoint", "callbacks"),
+    ("module", "checkpoint", "verification", "callbacks"),
     ("cli", "__main__"),
 ]  # fmt: skip
 
