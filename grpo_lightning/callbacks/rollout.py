@@ -59,8 +59,8 @@ class RolloutCallback(Callback):
         updates_per_rollout: optimizer steps per pass over a rollout; 1 is strictly on-policy.
         num_iterations: passes over a rollout.
         micro_batches: how many of the `accumulate_grad_batches` micro-batches of an optimizer step hold
-            tokens; the gradient does not depend on it. `auto` is as few as fit into a GPU's memory (logged as
-            memory/predicted_gib and memory/peak_gib), and `all` elsewhere.
+            tokens; no gradient but bnpo's depends on it. `auto` is as few as a GPU's memory holds (logged as
+            memory/predicted_gib and memory/peak_gib), and `all` on other devices and for bnpo.
         advantage: how rewards become advantages (see docs/losses.md); null takes the recipe's.
         advantage_clip: lowest and highest advantage; null does not clip.
         mask_truncated_completions: completions cut at max_tokens do not train.
