@@ -16,13 +16,12 @@ import torch
 from torch import Tensor
 
 from grpo_lightning.packing import (
+    Outline,
     RowStarts,
-    balance,
     geometry,
     interleaved,
     members_of,
     row_starts,
-    runs,
     select,
     two_class_groups,
 )
@@ -48,6 +47,8 @@ class LossTotals:
     """tokens that `entropy_keep` keeps"""
     micro_batches: int = 1
     """K * W: accumulated micro-batches times ranks; Lightning and DDP divide the returned loss by it"""
+    empty_micro_batches: int = 0
+    """those of them without a token; a mean over micro-batches is over the others"""
 
 
 PER_TOKEN = (
@@ -161,9 +162,19 @@ class RolloutBatch:
         )
 
     @property
+    def outline(self) -> Outline:
+        """The lengths alone."""
+        return Outline(self.prompt_lengths, self.lengths, self.host_groups)
+
+    @property
     def num_tokens(self) -> int:
         """T: rows that go through the model."""
-        return sum(self.prompt_lengths) + sum(max(n - 1, 0) for n in self.lengths)
+        return self.outline.num_tokens
+
+    @property
+    def sharing(self) -> float:
+        """How many times the rows of T there would be with a copy of its prompt before every completion."""
+        return self.outline.sharing
 
     def row_starts(self) -> RowStarts:
         """Returns the first row of T of each prompt and of each completion."""
@@ -208,20 +219,13 @@ class RolloutBatch:
         )
 
     def split(self, m: int, *, whole_groups: bool = False) -> list["RolloutBatch"]:
-        """Returns exactly `m` micro-batches, the heaviest as light as can be; some may be empty.
-
-        The cost of a part is its T. Completions stay whole and in order; with `whole_groups`, so do groups.
-        """
-        groups = self.host_groups
-        units = runs(groups) if whole_groups else [[s] for s in range(len(groups))]
-        return [self.take(part) for part in balance(units, groups, self.lengths, self.prompt_lengths, m)]
+        """Returns exactly `m` micro-batches, the heaviest as light as can be; some may be empty."""
+        return [self.take(part) for part in self.outline.split(m, whole_groups=whole_groups)]
 
     def windows(self, u: int) -> list["RolloutBatch"]:
         """Returns `u` windows of whole groups, each with the counts of this rank."""
-        groups = self.host_groups
         out = []
-        for part in balance(runs(groups), groups, self.lengths, self.prompt_lengths, u):
-            w = self.take(part)
+        for w in self.split(u, whole_groups=True):
             totals = replace(
                 self.totals,
                 tokens=sum(w.lengths),
@@ -233,41 +237,31 @@ class RolloutBatch:
 
     def all_reduce_totals(self, all_sum: Callable[[Tensor], Tensor], micro_batches: int) -> "RolloutBatch":
         """Returns the window with the counts of all ranks; `all_sum` adds an int64 vector over ranks."""
-        names = ("tokens", "sequences", "groups", "two_class_groups")
+        names = ("tokens", "sequences", "groups", "two_class_groups", "empty_micro_batches")
         both = two_class_groups(self.host_groups, self.lengths, self.advantages.tolist())
         local = replace(self.totals, two_class_groups=both)
         sums = all_sum(torch.tensor([getattr(local, name) for name in names], dtype=torch.int64)).tolist()
         totals = replace(local, **dict(zip(names, sums, strict=True)), micro_batches=micro_batches)
         return replace(self, totals=totals)
 
-    @property
-    def sharing(self) -> float:
-        """How many times the rows of T there would be with a copy of its prompt before every completion."""
-        alone = sum(
-            self.prompt_lengths[g] + n - 1 for g, n in zip(self.host_groups, self.lengths, strict=True) if n
-        )
-        return alone / max(self.num_tokens, 1)
-
     def unshared(self) -> "RolloutBatch":
         """Returns the batch with a copy of its prompt before every completion, for a forward.
 
         The [N] axis stays as it is. Every completion is a group of its own then, so no loss may see it.
         """
-        starts = self.row_starts()
+        starts, alone = self.row_starts(), self.outline.unshared()
         rows: list[int] = []
-        prompts: list[int] = []
-        for s, (g, n) in enumerate(zip(self.host_groups, self.lengths, strict=True)):
-            prompts.append(self.prompt_lengths[g] if n else 0)
-            rows.extend(range(starts.prompts[g], starts.prompts[g] + prompts[-1]))
+        for s, (g, p, n) in enumerate(zip(self.host_groups, alone.prompt_lengths, self.lengths, strict=True)):
+            rows.extend(range(starts.prompts[g], starts.prompts[g] + p))
             rows.extend(range(starts.completions[s], starts.completions[s] + max(n - 1, 0)))
-        groups = range(len(self.lengths))
+        groups, prompts = alone.host_groups, alone.prompt_lengths
         device = self.input_ids.device
         return replace(
             self,
             input_ids=self.input_ids[torch.tensor(rows, dtype=torch.int64, device=device)],
             group_ids=torch.arange(len(groups), device=device),
-            host_groups=tuple(groups),
-            prompt_lengths=tuple(prompts),
+            host_groups=groups,
+            prompt_lengths=prompts,
             **{k: v.to(device) for k, v in geometry(prompts, self.lengths, groups).items()},
         )
 

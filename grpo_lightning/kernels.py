@@ -16,9 +16,9 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
-from grpo_lightning.batch import RolloutBatch
 from grpo_lightning.errors import ConfigError, choices
 from grpo_lightning.ops.lora_linear import lora_delta, lora_linear
+from grpo_lightning.packing import Outline
 
 CHOICES = ("auto", "on", "off")
 AUTO = {"head": False, "attention": False, "lora": False, "compile": False}
@@ -68,9 +68,9 @@ class KernelConfig:
             for key, on in AUTO.items()
         }
 
-    def shares(self, batch: RolloutBatch, segments: bool) -> bool:
-        """Returns whether prompts stand once for their group in a forward of `batch`."""
-        worth = not segments or batch.sharing >= WORTH_SHARING
+    def shares(self, shape: Outline, segments: bool) -> bool:
+        """Returns whether prompts stand once for their group in a forward of `shape`."""
+        worth = not segments or shape.sharing >= WORTH_SHARING
         return worth if self.shared_prompts == "auto" else self.shared_prompts == "on"
 
 

@@ -105,9 +105,12 @@ WHERE: dict[str, str] = {
     "output_dir": "trainer.default_root_dir",
     "per_device_train_batch_size": (
         "derived from data.prompts_per_rollout, rollout.num_generations and the number of micro-batches; "
-        "to save memory raise trainer.accumulate_grad_batches"
+        "to save memory raise trainer.accumulate_grad_batches, of which rollout.micro_batches takes what fits"
     ),
-    "gradient_accumulation_steps": "trainer.accumulate_grad_batches (the gradient does not depend on it)",
+    "gradient_accumulation_steps": (
+        "trainer.accumulate_grad_batches (the most; rollout.micro_batches takes as few as fit, and the "
+        "gradient does not depend on it)"
+    ),
     "max_steps": "trainer.max_steps (optimizer steps)",
     "num_train_epochs": "trainer.max_epochs",
     "max_grad_norm": "trainer.gradient_clip_val",
@@ -129,7 +132,9 @@ WHERE: dict[str, str] = {
     "seed": "seed_everything (at the top of the config)",
     "random_state": "seed_everything (at the top of the config)",
     "gradient_checkpointing": "model.gradient_checkpointing (default true)",
-    "auto_find_batch_size": "not offered: it would change the batch in the middle of a rollout",
+    "auto_find_batch_size": (
+        "rollout.micro_batches (auto: as few as fit into memory; the batch of an optimizer step stays)"
+    ),
     "use_cpu": "trainer.accelerator (cpu)",
     "device_map": "trainer.devices with trainer.strategy",
     "fsdp": "trainer.strategy",
@@ -152,7 +157,7 @@ WHERE: dict[str, str] = {
     "use_gradient_checkpointing": "model.gradient_checkpointing (true, false, or offload for Unsloth's)",
     "unsloth_num_chunks": "model.logprob_chunk_rows (null = from the free memory)",
     "unsloth_logit_chunk_multiplier": "model.logprob_chunk_rows (null = from the free memory)",
-    "unsloth_grpo_mini_batch": "trainer.accumulate_grad_batches (raise it to save memory)",
+    "unsloth_grpo_mini_batch": "rollout.micro_batches (default auto = as few as fit into memory)",
     "PatchFastRL": "not offered: nothing is patched and imports have no order",
     "unsloth": "not offered: nothing is patched and imports have no order",
     "ACCELERATE_MIXED_PRECISION": "trainer.precision (no environment variable is needed)",

@@ -15,6 +15,58 @@ class RowStarts:
     completions: list[int]
 
 
+@dataclass(frozen=True, slots=True)
+class Outline:
+    """How long the prompts and completions of a packed batch are, and which belong together."""
+
+    prompt_lengths: tuple[int, ...]  # P
+    lengths: tuple[int, ...]  # S; trainable tokens, 0 is legal
+    host_groups: tuple[int, ...]  # S; sorted
+
+    @property
+    def group_rows(self) -> list[int]:
+        """Rows of T of each group."""
+        rows = list(self.prompt_lengths)
+        for g, n in zip(self.host_groups, self.lengths, strict=True):
+            rows[g] += max(n - 1, 0)
+        return rows
+
+    @property
+    def num_tokens(self) -> int:
+        """T: rows that go through the model."""
+        return sum(self.group_rows)
+
+    @property
+    def sharing(self) -> float:
+        """How many times the rows of T there would be with a copy of its prompt before every completion."""
+        return self.unshared().num_tokens / max(self.num_tokens, 1)
+
+    def take(self, sequences: Sequence[int]) -> "Outline":
+        """Returns the completions `sequences` (sorted) and their prompts."""
+        groups = sorted({self.host_groups[s] for s in sequences})
+        place = {g: i for i, g in enumerate(groups)}
+        return Outline(
+            tuple(self.prompt_lengths[g] for g in groups),
+            tuple(self.lengths[s] for s in sequences),
+            tuple(place[self.host_groups[s]] for s in sequences),
+        )
+
+    def split(self, m: int, *, whole_groups: bool = False) -> list[list[int]]:
+        """Returns the completions of exactly `m` parts, the heaviest as light as can be; some may be empty.
+
+        The cost of a part is its T. Completions stay whole and in order; with `whole_groups`, so do groups.
+        """
+        units = runs(self.host_groups) if whole_groups else [[s] for s in range(len(self.lengths))]
+        return balance(units, self.host_groups, self.lengths, self.prompt_lengths, m)
+
+    def unshared(self) -> "Outline":
+        """Returns the outline with a copy of its prompt before every completion that has tokens."""
+        prompts = [
+            self.prompt_lengths[g] if n else 0 for g, n in zip(self.host_groups, self.lengths, strict=True)
+        ]
+        return Outline(tuple(prompts), self.lengths, tuple(range(len(self.lengths))))
+
+
 def row_starts(prompt_lengths: Sequence[int], lengths: Sequence[int], groups: Sequence[int]) -> RowStarts:
     """Returns the first row of T of each prompt and of each completion."""
     prompts, completions, row, s = [], [], 0, 0

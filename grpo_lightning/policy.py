@@ -21,6 +21,8 @@ from grpo_lightning.layouts import (
 )
 from grpo_lightning.ops import fused_linear_logprobs
 from grpo_lightning.ops.kept import kept_logmass
+from grpo_lightning.ops.tie import tied
+from grpo_lightning.packing import Outline
 from grpo_lightning.reference import WeightCopy
 
 
@@ -138,12 +140,21 @@ class Policy(nn.Module):
         """Returns the hidden states [N, H] that predict the completion tokens of `batch`."""
         decoder = self.causal.get_decoder()
         if not len(batch.target_ids):
-            return self._nothing(batch)
+            return self._nothing()
         if self.padded_reason is None:
             segments = self.prepared.chosen["attention"]
-            shared = batch if self.kernels.shares(batch, segments) else batch.unshared()
+            shared = batch if self.kernels.shares(batch.outline, segments) else batch.unshared()
             return packed_hidden(decoder, shared, segments=segments)
         return padded_hidden(decoder, batch, self.pad_id)
+
+    def sizes(self, shape: Outline) -> tuple[int, int, int]:
+        """Returns what the memory of a micro-batch grows with: rows run, tokens trained, pairs in masks."""
+        shared = self.padded_reason is None and self.kernels.shares(shape, self.prepared.chosen["attention"])
+        laid = shape if shared else shape.unshared()
+        if self.padded_reason is None:
+            return laid.num_tokens, sum(shape.lengths), sum(n * n for n in laid.group_rows)
+        width, count = max(laid.group_rows, default=0), len(shape.lengths)
+        return count * width, sum(shape.lengths), count * width**2
 
     def logprobs(self, batch: RolloutBatch, *, entropy_grad: bool = False) -> TokenScores:
         """Returns log-probabilities and entropies of the batch's completion tokens."""
@@ -151,9 +162,12 @@ class Policy(nn.Module):
 
     def _scores(self, hidden: Tensor, batch: RolloutBatch, entropy_grad: bool) -> TokenScores:
         head = self.causal.get_output_embeddings()
-        args = (hidden.to(head.weight.dtype), head.weight, batch.target_ids, batch.temperature)
+        weight, bias = head.weight, getattr(head, "bias", None)
+        if not len(hidden):  # `_nothing` is tied to a head that trains; no gradient of its size is made here
+            weight, bias = weight.detach(), None
+        args = (hidden.to(weight.dtype), weight, batch.target_ids, batch.temperature)
         options = {
-            "bias": getattr(head, "bias", None),
+            "bias": bias,
             "chunk_rows": self.chunk_rows,
             **head_scaling(self.causal.config),
         }
@@ -246,11 +260,10 @@ class Policy(nn.Module):
     def _set_attention(self, name: str) -> None:
         self.causal.set_attn_implementation(name)
 
-    def _nothing(self, batch: RolloutBatch) -> Tensor:
+    def _nothing(self) -> Tensor:
         """Returns [0, H], tied to every trainable parameter, so that gradient reductions match."""
         head = self.causal.get_output_embeddings().weight
-        tie = sum((p.sum() * 0 for p in self.trainable().values()), head.new_zeros(()))
-        return head.new_zeros(0, head.shape[1]) + tie
+        return tied(head.new_zeros(0, head.shape[1]), list(self.trainable().values()))
 
 
 def unwrap(model: Any) -> Any:

@@ -7,6 +7,7 @@ import lightning.pytorch as pl
 import torch
 
 from grpo_lightning.batch import RolloutBatch
+from grpo_lightning.callbacks.memory import Cutter, cut
 from grpo_lightning.callbacks.surroundings import profiled, run_seed
 from grpo_lightning.losses import LossConfig
 from grpo_lightning.losses.window import choose_tokens, given, reference_gap
@@ -29,7 +30,7 @@ def make_parts(
     parts = [
         part
         for window in batch.windows(settings.updates_per_rollout)
-        for part in _micro_batches(window, several, run_seed(settings.seed), trainer, module)
+        for part in _micro_batches(window, several, settings, trainer, module)
     ]
     return parts, len(whole.prompt_lengths) - len(batch.prompt_lengths)
 
@@ -57,22 +58,32 @@ def _drops(settings: "RolloutCallback", loss: LossConfig) -> bool:
 
 
 def _micro_batches(
-    window: RolloutBatch, several: bool, seed: int, trainer: pl.Trainer, module: Any
+    window: RolloutBatch, several: bool, settings: "RolloutCallback", trainer: pl.Trainer, module: Any
 ) -> list[RolloutBatch]:
     """Returns the micro-batches of one optimizer step, scored where the policy moves before they train."""
-    k = trainer.accumulate_grad_batches
     loss: LossConfig = module.loss
-    window = window.all_reduce_totals(all_sum, micro_batches=k * trainer.world_size)
-    if loss.dead_groups_are_still and not loss.needs_old_pass:
-        window = window.without_groups(window.dead_groups())
+    parts = _cut(window, settings.cutter, trainer.world_size, loss)
     # The engine's numbers stand for the old ones, once they are over the whole vocabulary.
     bypassed = loss.correction.bypass and window.sampler_logprobs is not None and window.truncation is None
     old = (several and not bypassed) or loss.needs_old_pass
-    parts = window.split(k, whole_groups=loss.objective.whole_groups)
     if not old and not loss.kl_loss_coef:
         return parts
     with profiled(trainer, "score"):
         parts = [module.score(part.to(module.device), old=old).to("cpu") for part in parts]
     if not loss.needs_old_pass:
         return parts
+    seed = run_seed(settings.seed)
     return choose_tokens(parts, loss, seed=seed, gather=gather, rank=trainer.global_rank)
+
+
+def _cut(window: RolloutBatch, cutter: Cutter, ranks: int, loss: LossConfig) -> list[RolloutBatch]:
+    """Returns the micro-batches of one optimizer step with the counts of all of them, over all ranks."""
+    living, whole = window, loss.objective.whole_groups
+    if loss.dead_groups_are_still and not loss.needs_old_pass:
+        living = window.without_groups(window.dead_groups())
+    n = cutter.count(living.outline, whole_groups=whole)
+    parts = cut(living, n, cutter.most, whole_groups=whole)
+    empty = sum(not any(p.lengths) for p in parts)
+    counted = replace(window, totals=replace(window.totals, empty_micro_batches=empty))
+    totals = counted.all_reduce_totals(all_sum, micro_batches=cutter.most * ranks).totals
+    return [replace(p, totals=totals) for p in parts]

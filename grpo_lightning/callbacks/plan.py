@@ -25,7 +25,8 @@ def plan(rollout: "RolloutCallback", trainer: pl.Trainer) -> dict[str, str]:
         "engine": type(rollout.engine).__name__,
         "rewards": ", ".join(rollout.rewards.names),
         "optimizer steps per rollout": f"{steps} ({degree})",
-        "micro-batches per optimizer step": f"{k} x {w} rank{'s' if w > 1 else ''}",
+        "micro-batches per optimizer step": f"{k} x {w} rank{'s' if w > 1 else ''} "
+        f"(rollout.micro_batches: {rollout.micro_batches})",
         "rollouts per epoch": str(rollouts),
         "optimizer steps in all": str(trainer.estimated_stepping_batches),
     }

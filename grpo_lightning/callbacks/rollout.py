@@ -11,6 +11,7 @@ from lightning.pytorch.callbacks import Callback
 
 from grpo_lightning.batch import RolloutBatch
 from grpo_lightning.callbacks.evaluation import Evaluation, ValidationConfig
+from grpo_lightning.callbacks.memory import Cutter, check_micro_batches
 from grpo_lightning.callbacks.parts import make_parts
 from grpo_lightning.callbacks.plan import print_plan
 from grpo_lightning.callbacks.state import batch_state, restore_batch
@@ -59,6 +60,9 @@ class RolloutCallback(Callback):
         sampling: how completions are sampled in training.
         updates_per_rollout: optimizer steps per pass over a rollout; 1 is strictly on-policy.
         num_iterations: passes over a rollout.
+        micro_batches: how many of the `accumulate_grad_batches` micro-batches of an optimizer step hold
+            tokens; no gradient but bnpo's depends on it. `auto` is as few as a GPU's memory holds (logged as
+            memory/predicted_gib and memory/peak_gib), and `all` on other devices and for bnpo.
         advantage: how rewards become advantages (see docs/losses.md); null takes the recipe's.
         advantage_clip: lowest and highest advantage; null does not clip.
         mask_truncated_completions: completions cut at max_tokens do not train.
@@ -81,6 +85,7 @@ class RolloutCallback(Callback):
         sampling: SamplingParams = SamplingParams(),  # noqa: B008 - frozen
         updates_per_rollout: int = 1,
         num_iterations: int = 1,
+        micro_batches: int | Literal["auto", "all"] = "auto",
         advantage: str | None = None,
         advantage_clip: tuple[float | None, float | None] | None = None,
         mask_truncated_completions: bool = False,
@@ -92,12 +97,14 @@ class RolloutCallback(Callback):
     ) -> None:
         check_counts(num_generations, updates_per_rollout, num_iterations)
         check_sampling(sampling, advantage)
+        check_micro_batches(micro_batches)
         if engine is not None and not isinstance(engine, RolloutEngine):
             raise ConfigError(f"rollout.engine: {type(engine).__name__} lacks methods of RolloutEngine")
         self.engine: RolloutEngine = engine if engine is not None else HFEngine()
         self.rewards = Rewards(reward_funcs, reward_weights)
         self.num_generations, self.sampling = num_generations, sampling
         self.updates_per_rollout, self.num_iterations = updates_per_rollout, num_iterations
+        self.micro_batches, self.cutter = micro_batches, Cutter(micro_batches, 1)
         self.advantage, self.advantage_clip = advantage, advantage_clip
         self.mask_truncated_completions = mask_truncated_completions
         self.zero_variance_groups = zero_variance_groups
@@ -120,6 +127,7 @@ class RolloutCallback(Callback):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Checks, before weights are loaded, that options, data and model fit together."""
         check_accumulation(trainer)
+        check_micro_batches(self.micro_batches, trainer.accumulate_grad_batches)
         loss = getattr(pl_module, "loss", None)
         if isinstance(loss, LossConfig):
             check_loss(loss, self.sampling, self._advantage_of(loss))
@@ -146,6 +154,7 @@ class RolloutCallback(Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Says what is going to happen, validates once, and puts restored random states in place."""
         check_epoch(trainer, self.parts_per_rollout(trainer))
+        self.cutter = Cutter.of(self.micro_batches, trainer, pl_module)
         if trainer.is_global_zero:
             print_plan(self, trainer)
         if trainer.global_step == 0 and self.validation.before_training:
@@ -166,8 +175,13 @@ class RolloutCallback(Callback):
         if batch.part == 0:
             self._clock.restart()
             self._parts = self._roll(trainer, pl_module, batch)
+        self.cutter.begin(self._parts[batch.part])
         batch.rollout = self._parts[batch.part].to(pl_module.device)
         batch.samples = self._samples
+
+    def on_after_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Sees how much memory the micro-batch needed."""
+        self.cutter.end()
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -175,6 +189,8 @@ class RolloutCallback(Callback):
         """Times the step and lets go of a rollout that is used up."""
         if (batch.part + 1) % trainer.accumulate_grad_batches == 0:
             pl_module.log("step_time", self._clock.lap(), batch_size=1)
+            for name, value in self.cutter.metrics().items():
+                pl_module.log(name, value, batch_size=1)
         if batch.part + 1 == batch.parts:
             pl_module.log("tokens_per_second", self._clock.rate(), prog_bar=True, batch_size=1)
             self._parts = []

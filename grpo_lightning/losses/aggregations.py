@@ -39,8 +39,10 @@ AGGREGATIONS: dict[str, Aggregation] = {
         lambda s, t: s.group_tokens[s.groups].double() * t.groups, "1 / (N_group P_w)"
     ),
     "microbatch_token_mean": Aggregation(
-        lambda s, t: _constant(s, float(s.ids.numel())).clamp(min=1) * t.micro_batches,
-        "1 / (N K W), N of this micro-batch",
+        lambda s, t: (
+            _constant(s, float(s.ids.numel())).clamp(min=1) * max(t.micro_batches - t.empty_micro_batches, 1)
+        ),
+        "1 / (N M), N of this micro-batch, M of them with tokens",
         split_invariant=False,
         per_token=True,
     ),

@@ -163,8 +163,14 @@ class LossConfig:
 
     @property
     def dead_groups_are_still(self) -> bool:
-        """Whether a group whose advantages are all 0 has a gradient of exactly 0."""
-        return self.objective.still_at_zero and self.kl_loss_coef == 0 and not self.has_entropy_bonus
+        """Whether a group whose advantages are all 0 has a gradient of exactly 0, there or not."""
+        alone = self.kl_loss_coef == 0 and not self.has_entropy_bonus
+        return self.objective.still_at_zero and alone and self.split_invariant
+
+    @property
+    def split_invariant(self) -> bool:
+        """Whether the gradient does not depend on how an optimizer step is cut into micro-batches."""
+        return AGGREGATIONS[str(self.aggregation)].split_invariant
 
     @property
     def kl_loss_coef(self) -> float:
@@ -187,7 +193,7 @@ class LossConfig:
         by_token = aggregation.per_token
         cases = [
             (
-                not aggregation.split_invariant,
+                not self.split_invariant,
                 f"model.loss.aggregation {self.aggregation!r} depends on how a rollout is split into "
                 "micro-batches; token_mean does not",
             ),

@@ -106,6 +106,14 @@ BAD = {
         lambda t: {"rollout.num_generations": 1},
         ["rollout.num_generations is 1", "at least 2"],
     ),
+    "more micro-batches than there are": (
+        lambda t: {"rollout.micro_batches": 5, "trainer.accumulate_grad_batches": 4},
+        ["rollout.micro_batches is 5", "trainer.accumulate_grad_batches is 4", "take auto"],
+    ),
+    "no such number of micro-batches": (
+        lambda t: {"rollout.micro_batches": "few"},
+        ["rollout.micro_batches", "'few'", "auto", "all"],
+    ),
     "unknown loss": (lambda t: {"model.loss": {"name": "dapoo"}}, ["model.loss.name", "did you mean 'dapo'"]),
     "unknown engine": (
         lambda t: {"rollout.engine": "HFEngin"},
@@ -182,6 +190,19 @@ def test_a_reward_of_the_wrong_length_names_the_function_and_the_sample(base, tm
     (error,) = [line for line in text.splitlines() if line.startswith("error:")]
     assert "'f'" in error
     assert "16" in text
+
+
+@pytest.mark.parametrize("value", ["auto", "all", 2])
+def test_micro_batches_from_yaml_and_from_the_command_line(base, tmp_path, value):
+    put(base, "trainer.accumulate_grad_batches", 2)
+    put(base, "rollout.micro_batches", value)
+    code, text, _ = call(base, tmp_path, "--print_config")
+    assert code == 0, text
+    assert yaml.safe_load(text)["rollout"]["micro_batches"] == value
+    put(base, "rollout.micro_batches", 1)
+    code, text, _ = call(base, tmp_path, "--rollout.micro_batches", str(value), "--trainer.max_steps", "1")
+    assert code == 0, text
+    assert f"(rollout.micro_batches: {value})" in text.replace("\n", "")
 
 
 def test_fit_resume_validate_and_predict(base, tmp_path):

@@ -57,6 +57,19 @@ def test_two_ranks_give_the_gradient_of_one(results, loss):
             assert two["metrics"][key] == pytest.approx(value, abs=1e-4), key
 
 
+def test_ranks_that_cut_differently_or_have_nothing(model_folder, tmp_path, monkeypatch):
+    """One prompt per rank, some of them dead; each rank has its own number of filled micro-batches."""
+    monkeypatch.setenv("UNEVEN", "1")
+    losses = [{"name": "dapo"}, {"name": "dapo", "top_entropy_quantile": 0.3}]
+    one = run(model_folder, tmp_path / "one", 1, 3, losses, 6)
+    two = run(model_folder, tmp_path / "two", 2, 3, losses, 6)
+    for loss in map(json.dumps, losses):
+        largest = [max(g.abs().max().item() for g in step.values()) for step in one[loss]["gradients"]]
+        assert max(largest) > 1e-4
+        for ours, theirs in zip(one[loss]["gradients"], two[loss]["gradients"], strict=True):
+            assert max((theirs[n] - g).abs().max().item() for n, g in ours.items()) <= 1e-6
+
+
 def test_two_ranks_resume_bitwise(model_folder, tmp_path):
     loss = {"name": "dapo"}
     whole = run(model_folder, tmp_path / "whole", 2, 1, [loss], 3)[json.dumps(loss)]
