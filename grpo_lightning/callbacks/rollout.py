@@ -14,7 +14,7 @@ from grpo_lightning.callbacks.evaluation import Evaluation, ValidationConfig
 from grpo_lightning.callbacks.memory import Cutter, check_micro_batches
 from grpo_lightning.callbacks.parts import make_parts
 from grpo_lightning.callbacks.plan import print_plan
-from grpo_lightning.callbacks.state import batch_state, restore_batch
+from grpo_lightning.callbacks.state import batch_state, restore
 from grpo_lightning.callbacks.surroundings import (
     Clock,
     check_accumulation,
@@ -36,7 +36,7 @@ from grpo_lightning.rewards.suite import Rewards
 from grpo_lightning.rollout.collect import Collector, Rollout
 from grpo_lightning.rollout.engine import RolloutEngine, describe
 from grpo_lightning.rollout.hf import HFEngine
-from grpo_lightning.rollout.process_guard import random_state, restore_random_state
+from grpo_lightning.rollout.process_guard import random_state
 from grpo_lightning.rollout.recording import record
 from grpo_lightning.samples import PromptBatch, SamplingParams
 from grpo_lightning.stats import extreme, mean_of
@@ -151,6 +151,10 @@ class RolloutCallback(Callback):
             self.engine.close()
             self._started = False
 
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: Any) -> None:
+        """Ends the engine: Lightning calls no teardown after an error, and its memory would stay taken."""
+        self.teardown(trainer, pl_module, "")
+
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Says what is going to happen, validates once, and puts restored random states in place."""
         check_epoch(trainer, self.parts_per_rollout(trainer))
@@ -160,7 +164,8 @@ class RolloutCallback(Callback):
         if trainer.global_step == 0 and self.validation.before_training:
             self._evaluation.before_training(self, trainer, pl_module)
         if self._restored is not None:
-            self._put_back(self._restored, trainer)
+            self._num_tokens = self._restored["num_tokens"]
+            self._parts = restore(self._restored, trainer.global_rank, trainer.world_size)
             self._restored = None
 
     def on_train_batch_start(
@@ -307,14 +312,3 @@ class RolloutCallback(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Takes over what `state_dict` returned, as soon as training starts."""
         self._restored = state_dict
-
-    def _put_back(self, state: dict[str, Any], trainer: pl.Trainer) -> None:
-        rank, saved = trainer.global_rank, state["parts"]
-        if any(p is not None for p in saved) and len(saved) != trainer.world_size:
-            raise ConfigError(
-                f"--ckpt_path was saved in the middle of a rollout by {len(saved)} ranks, now there are "
-                f"{trainer.world_size}; resume with as many, or from the end of a rollout"
-            )
-        self._num_tokens = state["num_tokens"]
-        self._parts = [restore_batch(p) for p in saved[rank % len(saved)] or []]
-        restore_random_state(state["random"][rank % len(state["random"])])

@@ -1,9 +1,11 @@
-"""Half-used rollouts as plain types, which `weights_only=True` can load."""
+"""What a checkpoint keeps of a rollout, as plain types, which `weights_only=True` can load."""
 
 from dataclasses import asdict
 from typing import Any
 
 from grpo_lightning.batch import LossTotals, RolloutBatch
+from grpo_lightning.errors import ConfigError
+from grpo_lightning.rollout.process_guard import restore_random_state
 from grpo_lightning.samples import Truncation
 
 
@@ -18,3 +20,19 @@ def restore_batch(state: dict[str, Any]) -> RolloutBatch:
     """Returns the batch that `batch_state` described."""
     kept = None if state["truncation"] is None else Truncation(*state["truncation"])
     return RolloutBatch(**{**state, "totals": LossTotals(**state["totals"]), "truncation": kept})
+
+
+def restore(state: dict[str, Any], rank: int, world_size: int) -> list[RolloutBatch]:
+    """Puts this rank's random states back; returns the unused rest of its rollout.
+
+    Raises:
+        ConfigError: there is a rest, and it was dealt to another number of ranks.
+    """
+    saved = state["parts"]
+    if any(p is not None for p in saved) and len(saved) != world_size:
+        raise ConfigError(
+            f"--ckpt_path was saved in the middle of a rollout by {len(saved)} ranks, now there are "
+            f"{world_size}; resume with as many, or from the end of a rollout"
+        )
+    restore_random_state(state["random"][rank % len(state["random"])])
+    return [restore_batch(p) for p in saved[rank % len(saved)] or []]

@@ -1,0 +1,126 @@
+"""Whole runs of the Trainer with the real vLLM: learning, resume, and a broken sync that must not pass."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from fits import data, module, rollout, rows_of, same_bits, trainer, weights
+from lightning.pytorch.callbacks import ModelCheckpoint
+from models import save_tiny
+
+from grpo_lightning.callbacks import ValidationConfig
+from grpo_lightning.errors import EngineError
+from grpo_lightning.rollout import VLLMEngine
+
+pytestmark = pytest.mark.vllm
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return save_tiny(tmp_path_factory.mktemp("llama"), hidden_size=128, head_dim=32)
+
+
+def engine(**options):
+    return VLLMEngine(**{"max_num_seqs": 32, "max_model_len": 64, **options})
+
+
+def worst(rows, name):
+    return max(float(r[name]) for r in rows if r[name])
+
+
+@pytest.mark.parametrize("sync", ["adapter", "merge"])
+def test_reward_rises_and_the_policies_stay_one(folder, tmp_path, sync):
+    callback = rollout(num_generations=8, engine=engine(sync=sync))
+    trainer(tmp_path, callback, max_steps=15).fit(module(folder), data())
+    rows = [r for r in rows_of(tmp_path) if r["reward"]]
+    rewards = [float(r["reward"]) for r in rows]
+    assert len(rewards) == 15
+    assert sum(rewards[-4:]) > sum(rewards[:4]) * 1.5
+    assert worst(rows, "sampling/parity_mean") < 1e-4
+    assert worst(rows, "sampling/parity_max") < 1e-2
+
+
+def test_full_weights_train(folder, tmp_path):
+    m = module(folder, lora=None, optimizer=lambda params: torch.optim.SGD(params, lr=0.1))
+    trainer(tmp_path, rollout(engine=engine()), max_steps=3).fit(m, data())
+    assert worst(rows_of(tmp_path), "sampling/parity_mean") < 1e-4
+
+
+def test_a_resumed_run_is_the_run(folder, tmp_path):
+    def run(root, ckpt_path=None):
+        saver = ModelCheckpoint(root, filename="{step}", every_n_train_steps=1, save_top_k=-1)
+        m = module(folder)
+        torch.manual_seed(99 if ckpt_path else 0)
+        callback = rollout(engine=engine(sync="adapter"), updates_per_rollout=2)
+        trainer(root, callback, saver, max_steps=4).fit(m, data(), ckpt_path=ckpt_path)
+        return weights(m)
+
+    whole = run(tmp_path / "whole")
+    for step in (1, 2):  # in the middle of a rollout, and after one
+        resumed = run(tmp_path / str(step), str(tmp_path / "whole" / f"step={step}.ckpt"))
+        assert same_bits(resumed, whole), step
+
+
+def test_validation_samples_from_the_engine(folder, tmp_path):
+    callback = rollout(engine=engine(sync="merge"), validation=ValidationConfig(before_training=True))
+    t = trainer(tmp_path, callback, max_steps=2, val_check_interval=1, check_val_every_n_epoch=None)
+    t.fit(module(folder), data(validation_split=4))
+    assert "val/reward" in t.logged_metrics
+
+
+STALE = {"adapter": "adapter_of", "merge": "merged_weights"}
+
+
+@pytest.mark.parametrize("sync", STALE)
+def test_a_sync_that_sends_old_weights_stops_the_run(folder, tmp_path, monkeypatch, sync):
+    from grpo_lightning.rollout import vllm
+
+    name, first = STALE[sync], {}
+    stock = getattr(vllm, name)
+
+    def stale(*args):
+        if not first:
+            sent = stock(*args)
+            if name == "adapter_of":
+                first["sent"] = replace(sent, tensors={k: t.clone() for k, t in sent.tensors.items()})
+            else:
+                first["sent"] = [(k, t.clone()) for k, t in sent]
+        return first["sent"] if name == "adapter_of" else iter(first["sent"])
+
+    monkeypatch.setattr(vllm, name, stale)
+    m = module(folder, optimizer=lambda params: torch.optim.SGD(params, lr=300.0))
+    saver = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=1, save_top_k=-1)
+    t = trainer(tmp_path, rollout(engine=engine(sync=sync)), saver, max_steps=6)
+    with pytest.raises(EngineError, match=r"nats from the trainer's on average, at most 0.02 is rounding"):
+        t.fit(m, data())
+    assert t.global_step == 1  # the step on the stale rollout was not taken
+    saved = torch.load(tmp_path / "step=1.ckpt", weights_only=True)["state_dict"]
+    now = {f"policy.{k}": v for k, v in weights(m).items()}
+    assert same_bits(saved, now)
+
+
+def test_an_engine_that_dies_leaves_the_last_checkpoint(folder, tmp_path, monkeypatch):
+    dying = engine(sync="adapter")
+    calls = []
+    stock = VLLMEngine.generate
+
+    def generate(self, *args):
+        calls.append(1)
+        if len(calls) == 3:
+
+            def die(*args, **kwargs):
+                raise RuntimeError("the GPU fell off the bus")
+
+            monkeypatch.setattr(self._llm, "generate", die)
+        return stock(self, *args)
+
+    monkeypatch.setattr(VLLMEngine, "generate", generate)
+    saver = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=1, save_top_k=-1)
+    m = module(folder)
+    with pytest.raises(EngineError, match="fell off the bus"):
+        trainer(tmp_path, rollout(engine=dying), saver, max_steps=5).fit(m, data())
+    monkeypatch.undo()
+    again = module(folder)
+    t = trainer(tmp_path / "again", rollout(engine=engine(sync="adapter")), max_steps=3)
+    t.fit(again, data(), ckpt_path=str(tmp_path / "step=2.ckpt"))
+    assert t.global_step == 3
