@@ -7,7 +7,7 @@ from tiny import tiny_tokenizer
 
 from grpo_lightning.kernels import KernelConfig
 from grpo_lightning.ops import fused_linear_logprobs
-from grpo_lightning.ops.lora_linear import lora_linear
+from grpo_lightning.ops.lora_linear import Adapted, lora_linears
 from grpo_lightning.ops.varlen import Dense, Flash, SharedPrompts, shared_prompt_attention
 from grpo_lightning.policy import Policy
 
@@ -48,7 +48,7 @@ def test_fused_lora_against_fp64():
     x.requires_grad_()
     a.requires_grad_()
     b.requires_grad_()
-    y = lora_linear(x, w, bias, a, b, 0.5)
+    (y,) = lora_linears(x, [Adapted(a, b, 0.5, w, bias)])
     dy = draw(300, 512, seed=5).bfloat16()
     y.backward(dy)
     exact = [t.detach().double().requires_grad_(t.requires_grad) for t in (x, w, bias, a, b)]

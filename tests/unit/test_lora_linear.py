@@ -6,7 +6,7 @@ from models import random_rollout, tiny_llama
 from tiny import tiny_tokenizer
 
 from grpo_lightning.kernels import KernelConfig
-from grpo_lightning.ops.lora_linear import lora_delta, lora_linear
+from grpo_lightning.ops.lora_linear import Adapted, lora_linears
 
 
 def parts(dtype=torch.float64, master=None, seed=0):
@@ -22,6 +22,14 @@ def parts(dtype=torch.float64, master=None, seed=0):
 
 def formula(x, w, bias, a, b, s):
     return torch.nn.functional.linear(x, w, bias) + s * (x @ a.T) @ b.T
+
+
+def lora_linear(x, w, bias, a, b, s):
+    return lora_linears(x, [Adapted(a, b, s, w, bias)])[0]
+
+
+def lora_delta(y, x, a, b, s):
+    return lora_linears(x, [Adapted(a, b, s, y=y)])[0]
 
 
 @pytest.mark.parametrize("with_bias", [False, True])
