@@ -117,10 +117,10 @@ def _probe(width: int, dtype: torch.dtype, device: torch.device) -> Tensor:
 def _computes_in(module: Any) -> torch.dtype:
     """Returns the type a module's frozen part computes in, else that of its weights."""
     given = [getattr(m, "compute_dtype", None) for m in module.modules()]
-    types = [t for t in given if t is not None] or [
-        p.dtype for p in module.parameters() if p.is_floating_point() and not p.requires_grad
-    ]
-    return (types or [next(module.parameters()).dtype])[0]
+    numbers = [p for p in module.parameters() if p.is_floating_point()]
+    frozen_first = sorted(numbers, key=lambda p: p.requires_grad)
+    types = [t for t in given if t is not None] + [p.dtype for p in frozen_first]
+    return (types or [torch.float32])[0]
 
 
 # Rotary embeddings are no row: transformers calls a function of its module for them, and nothing of it is

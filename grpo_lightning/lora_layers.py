@@ -118,7 +118,7 @@ class Siblings:
 
     def take(self, member: Any, x: Tensor) -> Tensor | None:
         """Returns what `member` gives for `x`, or None if it is to compute that itself."""
-        adapter = None if self.apart or x.is_inference() else _adapter(member, x)
+        adapter = None if self.apart or _untracked(x) else _adapter(member, x)
         if adapter is None:
             return None
         place = next(i for i, m in enumerate(self.members) if m is member)
@@ -148,6 +148,11 @@ class Siblings:
         self._x, self._results, self._adapters = x, results, adapters
         self._states = [() if a is None else _state(x, a) for a in adapters]
         return result
+
+
+def _untracked(x: Tensor) -> bool:
+    """Returns whether a write to `x` leaves no trace."""
+    return not torch.compiler.is_compiling() and x.is_inference()
 
 
 def _state(x: Tensor, adapter: _Adapter) -> tuple[Any, ...]:
