@@ -33,12 +33,19 @@ def backends():
 
 @pytest.fixture(autouse=True)
 def poison(monkeypatch):
-    """Fresh memory is NaN: what a kernel does not write shows."""
-    stock, like = torch.empty, torch.empty_like
-    monkeypatch.setattr(
-        torch, "empty", lambda *a, **k: stock(*a, **k).fill_(torch.nan if "dtype" in k else 0)
-    )
-    monkeypatch.setattr(torch, "empty_like", lambda *a, **k: like(*a, **k).fill_(torch.nan))
+    """Fresh memory is NaN, and so is what lies behind it: what a kernel leaves out or writes beside shows."""
+    stock, behind = torch.empty, []
+
+    def empty(*shape, dtype=torch.float32, device=None):
+        size = torch.Size(shape[0] if isinstance(shape[0], tuple | list) else shape)
+        memory = stock(size.numel() + 8192, dtype=dtype, device=device).fill_(torch.nan)
+        behind.append(memory[size.numel() :])
+        return memory[: size.numel()].view(size)
+
+    monkeypatch.setattr(torch, "empty", empty)
+    monkeypatch.setattr(torch, "empty_like", lambda x: empty(x.shape, dtype=x.dtype, device=x.device))
+    yield
+    assert all(rest.isnan().all() for rest in behind)
 
 
 def exact_norm(x, w, eps):
