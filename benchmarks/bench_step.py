@@ -4,10 +4,16 @@ python benchmarks/bench_step.py --shape 0.5B --work gsm8k-like      # one GPU
 python benchmarks/bench_step.py --small                             # a CPU, to see that it runs
 """
 
+import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+os.environ["TRITON_INTERPRET"] = str(int("--small" in sys.argv))  # read when triton is imported
 
 import torch
 from measure import parser, race, save, setting, table
@@ -24,15 +30,32 @@ from grpo_lightning.losses import LossConfig
 from grpo_lightning.ops import policy_loss
 from grpo_lightning.policy import Policy
 
-OFF = {"head": "off", "attention": "off", "lora": "off", "compile": "off", "shared_prompts": "off"}
-PIECES = (  # each adds one to those above it: name, kernels, micro-batches, layout
-    ("padded, PEFT, torch head, 4 parts", {}, 4, "padded"),
-    ("+ Triton head", {"head": "on"}, 4, "padded"),
-    ("+ packed, prompts copied", {"attention": "on"}, 4, "packed"),
-    ("+ shared prompts", {"shared_prompts": "on"}, 4, "packed"),
-    ("+ fused LoRA", {"lora": "on"}, 4, "packed"),
-    ("+ one micro-batch", {}, 1, "packed"),
-    ("+ compiled layers", {"compile": "on"}, 1, "packed"),
+OFF = dict.fromkeys(asdict(KernelConfig()), "off")
+
+
+class Piece(NamedTuple):
+    """A row: what it adds to the kernels of those above it."""
+
+    name: str
+    kernels: dict[str, str]
+    parts: int = 1
+    layout: str = "packed"
+    adapters: torch.dtype = torch.float32
+    """of this row alone"""
+
+
+PIECES = (
+    Piece("padded, PEFT, torch head, 4 parts", {}, 4, "padded"),
+    Piece("+ Triton head", {"head": "on"}, 4, "padded"),
+    Piece("+ packed, prompts copied", {"attention": "on"}, 4),
+    Piece("  the same, adapters kept in bf16", {}, 4, adapters=torch.bfloat16),
+    Piece("+ fused LoRA", {"lora": "on"}, 4),
+    Piece("+ one micro-batch", {}),
+    Piece("+ q, k, v share x", {"qkv": "on"}),
+    Piece("+ gate, up share x, SwiGLU", {"swiglu": "on"}),
+    Piece("+ RMSNorm", {"norm": "on"}),
+    Piece("+ compiled layers", {"compile": "on"}),
+    Piece("+ shared prompts", {"shared_prompts": "on"}),
 )
 
 
@@ -45,28 +68,44 @@ def step(policy: Policy, batch: RolloutBatch, parts: int) -> torch.Tensor:
     return torch.cat([p.grad.flatten() for p in policy.trainable().values() if p.grad is not None])
 
 
+@contextmanager
+def adapters_in(policy: Policy, dtype: torch.dtype) -> Iterator[None]:
+    """Keeps the adapters in another type inside, as `autocast_adapter_dtype=False` does."""
+    masters = {p: p.data for p in policy.trainable().values()}
+    for p in masters:
+        p.data = p.data.to(dtype)
+    yield
+    policy.zero_grad(set_to_none=True)
+    for p, master in masters.items():
+        p.data = master
+
+
 def measure(shape: str, work: str, device: torch.device, repeats: int) -> dict[str, Any]:
     """Returns a row per piece, and one for the step without dead groups."""
     batch = make_rollout(WORKLOADS[work], SHAPES[shape]["vocab_size"]).to(device)
     model = make_model(shape, device)
     rows: dict[str, Any] = {}
     chosen, reference = dict(OFF), None
-    for name, kernels, parts, layout in PIECES:
-        chosen |= kernels
+    policy = Policy(model, tiny_tokenizer())
+    for piece in PIECES:
+        chosen |= piece.kernels
+        policy.prepared.restore()
         policy = Policy(model, tiny_tokenizer())
-        policy.padded_reason = "asked for" if layout == "padded" else None
-        if layout == "padded":
+        policy.padded_reason = "asked for" if piece.layout == "padded" else None
+        if piece.layout == "padded":
             policy._set_attention("sdpa")
         policy.prepare(KernelConfig(**chosen), device)
 
-        def run(policy: Policy = policy, parts: int = parts) -> torch.Tensor:
+        def run(policy: Policy = policy, parts: int = piece.parts) -> torch.Tensor:
             return step(policy, batch, parts)
 
-        rows |= race({name: run}, device, repeats)
-        if "failed" not in rows[name]:
+        with adapters_in(policy, piece.adapters):
+            rows |= race({piece.name: run}, device, repeats)
+            if "failed" in rows[piece.name]:
+                continue
             gradient = run().double()
-            reference = gradient if reference is None else reference
-            rows[name]["gradient_error"] = ((gradient - reference).norm() / reference.norm()).item()
+        reference = gradient if reference is None else reference
+        rows[piece.name]["gradient_error"] = ((gradient - reference).norm() / reference.norm()).item()
     half = make_rollout(WORKLOADS[work], SHAPES[shape]["vocab_size"], dead=0.5).to(device)
     alive = half.without_groups(half.dead_groups())
     rows |= race({"half of the groups dead, skipped": lambda: step(policy, alive, 1)}, device, repeats)

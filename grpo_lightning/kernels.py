@@ -1,27 +1,34 @@
-"""Prepares a loaded model for speed; the one place where anything of it is exchanged.
+"""Which kernels run, and a loaded model prepared for them.
 
-peft's LoRA layers keep their names, weights and config, and compute in one op: a layer becomes an instance of
-a subclass of its own class, so that saving, switching off and merging stay peft's. Decoder layers are
-compiled. `Prepared.plain` runs the model as it was.
+Modules are exchanged by the table in `exchange.py`: each becomes an instance of a subclass of its own class,
+so that saving, switching off and merging stay peft's. Decoder layers are compiled. `Prepared.plain` runs the
+model as it was.
 """
 
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from functools import cache
 from typing import Any
 
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
-from torch import Tensor, nn
+from torch import nn
 
 from grpo_lightning.errors import ConfigError, choices
-from grpo_lightning.ops.lora_linear import lora_delta, lora_linear
+from grpo_lightning.exchange import Exchange
 from grpo_lightning.packing import Outline
 
 CHOICES = ("auto", "on", "off")
-AUTO = {"head": False, "attention": False, "lora": False, "compile": False}
+AUTO = {
+    "head": False,
+    "attention": False,
+    "lora": False,
+    "qkv": False,
+    "swiglu": False,
+    "norm": False,
+    "compile": False,
+}
 """what `auto` takes on CUDA: a kernel is listed True once benchmarks/results shows what it gains"""
 
 WORTH_SHARING = 1.2
@@ -36,6 +43,9 @@ class KernelConfig:
         head: the Triton kernel of the LM head's log-probabilities.
         attention: flash attention over segments, a prompt once per group (half types on CUDA).
         lora: a LoRA layer as one op, in the base's type with fp32 masters.
+        qkv: the adapters of q, k and v read x once, and write its gradient into one buffer.
+        swiglu: gate and up likewise, and silu(gate) up as one kernel each way.
+        norm: RMSNorm as one kernel each way.
         compile: torch.compile of every decoder layer, once for all lengths.
         shared_prompts: a prompt goes through the model once for its group. `auto` copies it before every
             completion where attention runs as segments and sharing saves less than a sixth of the tokens.
@@ -44,6 +54,9 @@ class KernelConfig:
     head: str | bool = "auto"
     attention: str | bool = "auto"
     lora: str | bool = "auto"
+    qkv: str | bool = "auto"
+    swiglu: str | bool = "auto"
+    norm: str | bool = "auto"
     compile: str | bool = "auto"
     shared_prompts: str | bool = "auto"
 
@@ -81,7 +94,7 @@ class Prepared:
         model: a transformers model, wrapped by peft or not.
         decoder: its decoder, the layers of which are compiled.
         chosen: of `KernelConfig.chosen`; nothing is exchanged by default.
-        autocast: whether training runs under autocast, which the fused op does not cover.
+        autocast: whether training runs under autocast, which the LoRA op does not cover.
     """
 
     def __init__(
@@ -92,53 +105,35 @@ class Prepared:
         autocast: bool = False,
     ) -> None:
         self.chosen = chosen or dict.fromkeys(AUTO, False)
-        layered = [m for m in model.modules() if self.chosen["lora"] and _is_fusible(m)]
-        self._lora = [m for m in layered if why_not_fused(m, autocast) is None]
-        self._say_what_stays(layered, decoder, autocast)
+        self._exchange = Exchange(model, self.chosen, autocast)
         layers: Any = getattr(decoder, "layers", [])
         self._compiled: list[nn.Module] = list(layers) if self.chosen["compile"] else []
-        self._stock = [type(m) for m in self._lora]
-        self._exchange()
-        for layer in self._compiled:
-            layer.compile(dynamic=True)
-
-    def _say_what_stays(self, layered: list[nn.Module], decoder: nn.Module, autocast: bool) -> None:
-        if self.chosen["lora"] and len(self._lora) < max(len(layered), 1):
-            reasons = sorted({str(why_not_fused(m, autocast)) for m in layered} - {"None"})
-            rank_zero_warn(
-                f"model.kernels.lora: {len(layered) - len(self._lora)} of {len(layered)} LoRA layers run "
-                f"peft's own forward ({', '.join(reasons) or 'there are none to exchange'})"
-            )
-        if self.chosen["compile"] and not getattr(decoder, "layers", None):
+        if self.chosen["compile"] and not self._compiled:
             rank_zero_warn(
                 f"model.kernels.compile: {type(decoder).__name__} has no list of layers to compile"
             )
+        for layer in self._compiled:
+            layer.compile(dynamic=True)
 
     def restore(self) -> None:
         """Undoes the exchange for good."""
-        for module, stock in zip(self._lora, self._stock, strict=True):
-            module.__class__ = stock
+        self._exchange.forget()
         for layer in self._compiled:
             layer._compiled_call_impl = None
-        self._lora, self._stock, self._compiled = [], [], []
+        self._compiled = []
         self.chosen = dict.fromkeys(AUTO, False)
-
-    def _exchange(self) -> None:
-        for module, stock in zip(self._lora, self._stock, strict=True):
-            module.__class__ = _fused(stock)
 
     @contextmanager
     def plain(self) -> Iterator[None]:
         """Runs everything as it was loaded."""
         chosen, self.chosen = self.chosen, dict.fromkeys(AUTO, False)
-        for module, stock in zip(self._lora, self._stock, strict=True):
-            module.__class__ = stock
+        self._exchange.undo()
         try:
             with self.eager():
                 yield
         finally:
             self.chosen = chosen
-            self._exchange()
+            self._exchange.swap()
 
     @contextmanager
     def eager(self) -> Iterator[None]:
@@ -151,58 +146,3 @@ class Prepared:
         finally:
             for layer, call in zip(self._compiled, calls, strict=True):
                 layer._compiled_call_impl = call
-
-
-def _is_fusible(module: nn.Module) -> bool:
-    return type(module).__module__.startswith("peft.") and type(module) in _peft_layers()
-
-
-@cache
-def _peft_layers() -> tuple[type, ...]:
-    from peft.tuners import lora
-
-    return tuple(c for c in (getattr(lora, n, None) for n in ("Linear", "Linear4bit")) if c is not None)
-
-
-@cache
-def _fused(stock: type) -> type:
-    """Returns `stock` with a forward in one op."""
-
-    def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        adapter = _adapter(self, x) if not args and not kwargs else None
-        if adapter is None:
-            return stock.forward(self, x, *args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
-        a, b, scaling, layer = adapter
-        if type(layer) is nn.Linear and layer.weight.dtype == x.dtype:
-            return lora_linear(x, layer.weight, layer.bias, a, b, scaling)
-        return lora_delta(layer(x), x, a, b, scaling)
-
-    return type(f"Fused{stock.__name__}", (stock,), {"forward": forward})
-
-
-def why_not_fused(layer: Any, autocast: bool) -> str | None:
-    """Returns why the op never covers a LoRA layer of this run, or None if it does."""
-    names = [n for n in layer.active_adapters if n in layer.lora_A]
-    cases = {
-        "autocast": autocast,
-        "several adapters": len(names) != 1,
-        "dropout": any(getattr(layer.lora_dropout[n], "p", 0) for n in names),
-        "a variant of LoRA": any(n in layer.lora_variant or layer.lora_bias[n] for n in names),
-        "a transposed weight": layer.fan_in_fan_out,
-    }
-    return next((reason for reason, holds in cases.items() if holds), None)
-
-
-def _adapter(layer: Any, x: Tensor) -> tuple[Tensor, Tensor, float, nn.Module] | None:
-    """Returns A, B, scaling and base layer where the op covers what the layer is to do, else None."""
-    names = [n for n in layer.active_adapters if n in layer.lora_A]
-    if layer.disable_adapters or layer.merged or len(names) != 1 or torch.is_autocast_enabled(x.device.type):
-        return None
-    (name,) = names
-    dropout = layer.lora_dropout[name]
-    plain = isinstance(dropout, nn.Identity) or not (layer.training and dropout.p)
-    base = layer.get_base_layer()
-    trains = base.weight.requires_grad or (base.bias is not None and base.bias.requires_grad)
-    if name in layer.lora_variant or layer.lora_bias[name] or layer.fan_in_fan_out or not plain or trains:
-        return None
-    return layer.lora_A[name].weight, layer.lora_B[name].weight, layer.scaling[name], base

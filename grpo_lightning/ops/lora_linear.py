@@ -1,11 +1,13 @@
-"""A linear layer with a LoRA adapter as one op: one base product and two thin ones, forward and backward.
+"""Linear layers with LoRA adapters over the same x as one op: q, k and v; gate and up; or one alone.
 
-    y = x W^T + b + s (x A^T) B^T
-The adapter's fp32 masters are rounded to the type of `x` for the products, whose results for A and B are
-fp32. The backward needs x and h = x A^T, nothing as wide as y.
+    y_i = x W_i^T + b_i + s_i (x A_i^T) B_i^T
+The products x A_i^T are one, with the A_i over one another, and so are dA and their part of dx, which is
+added up in one buffer. The adapters' fp32 masters are rounded to the type of `x` for the products, whose
+results for A and B are fp32. The backward needs x, h = x A^T and the rounded adapters, nothing as wide as y.
 """
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,79 +17,80 @@ from torch.nn.functional import linear
 from grpo_lightning.ops.products import wide_product
 
 
-def lora_linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scaling: float
-) -> Tensor:
-    """Returns x W^T + bias + scaling (x A^T) B^T, [..., O], in the type of `x`.
+class Adapted(NamedTuple):
+    """A linear layer with its adapter; its base is a frozen `weight`, or has computed `y` itself (4 bit)."""
 
-    Args:
-        x: [..., K].
-        weight: [O, K], frozen, of the type of `x`.
-        bias: [O] or None, frozen.
-        a: [r, K], trains.
-        b: [O, r], trains.
-        scaling: the adapter's.
-    """
+    a: Tensor  # [r, K], trains
+    b: Tensor  # [O, r], trains
+    scaling: float
+    weight: Tensor | None = None  # [O, K], of the type of x
+    bias: Tensor | None = None  # [O]
+    y: Tensor | None = None  # [..., O]
+
+
+def lora_linears(x: Tensor, layers: Sequence[Adapted]) -> list[Tensor]:
+    """Returns what `layers` give for `x` [..., K], each [..., O], in the type of `x`."""
     flat = x.reshape(-1, x.shape[-1])
+    given = [None if m.y is None else m.y.reshape(-1, m.y.shape[-1]) for m in layers]
+    scalings = tuple(m.scaling for m in layers)
+    tensors = [t for m, y in zip(layers, given, strict=True) for t in (m.a, m.b, m.weight, m.bias, y)]
     if torch.is_grad_enabled():
-        y = _LoraLinear.apply(flat, weight, bias, a, b, scaling)
+        out: Any = _LoraLinears.apply(flat, scalings, *tensors)
     else:
-        y = _with_delta(linear(flat, weight, bias), flat @ a.to(x.dtype).T, b, scaling)
-    return y.view(*x.shape[:-1], -1)  # pyright: ignore[reportOptionalMemberAccess]  # apply() is untyped
+        out, _saved = _forward(flat, scalings, *tensors)
+    return [y.view(*x.shape[:-1], -1) for y in out]
 
 
-def lora_delta(y: Tensor, x: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
-    """Returns y + scaling (x A^T) B^T, for a base layer that has computed `y` [..., O] itself (4 bit)."""
-    out = _LoraDelta.apply(y.reshape(-1, y.shape[-1]), x.reshape(-1, x.shape[-1]), a, b, scaling)
-    return out.view(y.shape)  # pyright: ignore[reportOptionalMemberAccess]  # apply() is untyped
+def _forward(
+    x: Tensor, scalings: tuple[float, ...], *tensors: Any
+) -> tuple[tuple[Tensor, ...], list[Tensor | None]]:
+    """Returns the layers' results, and what their backward needs beside x."""
+    a, b, weights, biases, given = (list(tensors[i::5]) for i in range(5))
+    rounded = (torch.cat(a) if len(a) > 1 else a[0]).to(x.dtype)
+    h = x @ rounded.T
+    narrow = [m.to(x.dtype) for m in b]
+    out = []
+    thin = h.split([m.shape[0] for m in a], 1)
+    for part, m, s, weight, bias, y in zip(thin, narrow, scalings, weights, biases, given, strict=True):
+        if y is None:
+            out.append(linear(x, weight, bias).addmm_(part, m.T, alpha=s))
+        else:
+            out.append(torch.addmm(y, part, m.T, alpha=s))
+    return tuple(out), [h, rounded, *narrow, *weights]
 
 
-def _with_delta(y: Tensor, h: Tensor, b: Tensor, scaling: float) -> Tensor:
-    """Adds scaling h B^T to `y`, in its memory."""
-    return y.addmm_(h, b.to(y.dtype).T, alpha=scaling)
-
-
-def _thin_backward(
-    dy: Tensor, x: Tensor, h: Tensor, a: Tensor, b: Tensor, scaling: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns dh [T, r], dA and dB, the last two in the masters' type."""
-    dh = (dy @ b.to(dy.dtype)).mul_(scaling)
-    return dh, wide_product(dh.T, x).to(a.dtype), wide_product(dy.T, h).mul_(scaling).to(b.dtype)
-
-
-class _LoraLinear(torch.autograd.Function):
+class _LoraLinears(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scaling: float
-    ) -> Tensor:
-        h = x @ a.to(x.dtype).T
-        ctx.save_for_backward(x, h, weight, a, b)
-        ctx.scaling = scaling
-        return _with_delta(linear(x, weight, bias), h, b, scaling)
+    def forward(ctx: Any, x: Tensor, scalings: tuple[float, ...], *tensors: Any) -> tuple[Tensor, ...]:
+        out, saved = _forward(x, scalings, *tensors)
+        ctx.save_for_backward(x, *saved)
+        ctx.scalings = scalings
+        ctx.masters = [(a.shape[0], a.dtype) for a in tensors[::5]]
+        ctx.set_materialize_grads(False)  # a layer that nobody asked costs nothing
+        return out
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, h, weight, a, b = ctx.saved_tensors
-        dh, da, db = _thin_backward(dy, x, h, a, b, ctx.scaling)
-        dx = None
+    def backward(ctx: Any, *dys: Tensor | None) -> tuple[Tensor | None, ...]:
+        x, h, a, *rest = ctx.saved_tensors
+        narrow, weights = rest[: len(dys)], rest[len(dys) :]
+        ranks = [rank for rank, _ in ctx.masters]
+        dh = torch.empty_like(h)
+        dx, gradients = None, []
+        for i, (dy, part, dpart) in enumerate(zip(dys, h.split(ranks, 1), dh.split(ranks, 1), strict=True)):
+            if dy is None:
+                dpart.zero_()
+                gradients.append(None)
+                continue
+            dpart.addmm_(dy, narrow[i], beta=0, alpha=ctx.scalings[i])
+            gradients.append(wide_product(dy.T, part).mul_(ctx.scalings[i]).to(ctx.masters[i][1]))
+            if weights[i] is not None and ctx.needs_input_grad[0]:
+                dx = dy @ weights[i] if dx is None else dx.addmm_(dy, weights[i])
         if ctx.needs_input_grad[0]:
-            dx = (dy @ weight).addmm_(dh, a.to(dy.dtype))
-        return dx, None, None, da, db, None
-
-
-class _LoraDelta(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, y: Tensor, x: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
-        h = x @ a.to(x.dtype).T
-        ctx.save_for_backward(x, h, a, b)
-        ctx.scaling = scaling
-        return torch.addmm(y, h, b.to(y.dtype).T, alpha=scaling)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, h, a, b = ctx.saved_tensors
-        dh, da, db = _thin_backward(dy, x, h, a, b, ctx.scaling)
-        dx = dh @ a.to(dy.dtype) if ctx.needs_input_grad[1] else None
-        return dy, dx, da, db, None
+            dx = dh @ a if dx is None else dx.addmm_(dh, a)
+        da = wide_product(dh.T, x).split(ranks)
+        out: list[Tensor | None] = [dx, None]
+        for i, dy in enumerate(dys):
+            given = dy if ctx.needs_input_grad[2 + 5 * i + 4] else None
+            out += [None if dy is None else da[i].to(ctx.masters[i][1]), gradients[i], None, None, given]
+        return tuple(out)

@@ -7,12 +7,17 @@ from tiny import tiny_tokenizer
 
 from grpo_lightning.kernels import KernelConfig
 from grpo_lightning.ops import fused_linear_logprobs
-from grpo_lightning.ops.lora_linear import lora_linear
+from grpo_lightning.ops.lora_linear import Adapted, lora_linears
+from grpo_lightning.ops.rms_norm import rms_norm
+from grpo_lightning.ops.swiglu import swiglu
 from grpo_lightning.ops.varlen import Dense, Flash, SharedPrompts, shared_prompt_attention
 from grpo_lightning.policy import Policy
 
 pytestmark = pytest.mark.gpu
-EVERYTHING = KernelConfig(head="on", attention="on", lora="on", compile="on")
+EVERYTHING = KernelConfig(
+    head="on", attention="on", lora="on", qkv="on", swiglu="on", norm="on", compile="on"
+)
+BODY = KernelConfig(attention="on", lora="on", qkv="on", swiglu="on", norm="on")
 
 
 def relative(got, want):
@@ -48,7 +53,7 @@ def test_fused_lora_against_fp64():
     x.requires_grad_()
     a.requires_grad_()
     b.requires_grad_()
-    y = lora_linear(x, w, bias, a, b, 0.5)
+    (y,) = lora_linears(x, [Adapted(a, b, 0.5, w, bias)])
     dy = draw(300, 512, seed=5).bfloat16()
     y.backward(dy)
     exact = [t.detach().double().requires_grad_(t.requires_grad) for t in (x, w, bias, a, b)]
@@ -58,6 +63,46 @@ def test_fused_lora_against_fp64():
     for got, ref in ((x, exact[0]), (a, exact[3]), (b, exact[4])):
         assert relative(got.grad, ref.grad) < 1e-2
     assert a.grad.dtype == torch.float32
+
+
+def test_siblings_share_x_in_bf16():
+    """Rows of h and dh lie apart, and their products are written in place."""
+    x = draw(300, 256).bfloat16().requires_grad_()
+    layers = []
+    for i, (width, rank) in enumerate(((512, 16), (128, 8), (128, 3))):
+        a, b = draw(rank, 256, seed=3 + i), draw(width, rank, seed=6 + i)
+        weight, bias = draw(width, 256, seed=9 + i).bfloat16(), draw(width, seed=12 + i).bfloat16()
+        layers.append(Adapted(a.requires_grad_(), b.requires_grad_(), 0.5 + i, weight, bias))
+    inputs = [x, *(t for m in layers for t in (m.a, m.b))]
+    exact = [t.detach().double().requires_grad_() for t in inputs]
+    dys = [draw(300, len(m.b), seed=20 + i).bfloat16() for i, m in enumerate(layers)]
+    y = lora_linears(x, layers)
+    pairs = zip(layers, exact[1::2], exact[2::2], strict=True)
+    want = [
+        exact[0] @ m.weight.double().T + m.bias.double() + m.scaling * exact[0] @ a.T @ b.T
+        for m, a, b in pairs
+    ]
+    got = torch.autograd.grad(y, inputs, dys)
+    reference = torch.autograd.grad(want, exact, [d.double() for d in dys])
+    for ours, theirs in zip((*y, *got), (*want, *reference), strict=True):
+        assert relative(ours, theirs) < 1e-2
+    assert all(g.dtype == torch.float32 for g in got[1:])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", [(3000, 896), (700, 14, 64), (5, 8192), (17, 4864)])
+def test_norm_and_swiglu_against_their_twins(dtype, shape):
+    x, u = (draw(*shape, seed=i).to(dtype).requires_grad_() for i in range(2))
+    dy = draw(*shape, seed=4).to(dtype)
+    for trained in (False, True):
+        w = draw(shape[-1], seed=3).to(dtype).requires_grad_(trained)
+        found = []
+        for backend in ("triton", "torch"):
+            norm, product = rms_norm(x, w, 1e-6, backend), swiglu(x, u, backend)
+            gradients = torch.autograd.grad(norm, [x, w] if trained else [x], dy)
+            found.append([norm, product, *gradients, *torch.autograd.grad(product, [x, u], dy)])
+        for a, b in zip(*found, strict=True):
+            assert relative(a, b) < 2 * torch.finfo(dtype).eps
 
 
 def test_head_in_chunks_with_softcap_and_temperatures():
@@ -108,6 +153,17 @@ def test_a_whole_policy_is_as_near_to_fp32_as_without_kernels():
     fast = lora_policy(kernels=EVERYTHING)
     assert relative(gradient(fast, b), exact) < 1.5 * plain + 1e-3
     assert fast.distance_from_plain(b).mean() < 0.05
+
+
+def test_the_body_alone_takes_every_exchange_and_stays_as_near():
+    b = random_rollout(prompts=5, group=6, longest=60, vocab=2048).to("cuda")
+    exact = gradient(lora_policy(torch.float32), b)
+    fast = lora_policy(kernels=BODY)
+    names = [type(m).__name__ for m in fast.modules()]
+    for start, count in (("SharingFused", 10), ("Fused", 4), ("Swiglu", 2), ("Kernel", 5)):
+        assert sum(n.startswith(start) for n in names) == count
+    plain = relative(gradient(lora_policy(), b), exact)
+    assert relative(gradient(fast, b), exact) < 1.5 * plain + 1e-3
 
 
 def test_completions_do_not_see_their_neighbours():

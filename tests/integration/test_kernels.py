@@ -115,9 +115,9 @@ def test_the_first_step_is_compared_with_the_model_as_loaded(model_folder, tmp_p
 
 
 def test_a_kernel_that_computes_something_else_stops_the_run(model_folder, tmp_path, monkeypatch):
-    from grpo_lightning import kernels
+    from grpo_lightning import lora_layers
 
-    monkeypatch.setattr(kernels, "lora_linear", lambda x, w, *args: x @ w.T * 1.1)
+    monkeypatch.setattr(lora_layers, "lora_linears", lambda x, ls: [x @ ls[0].weight.T * 1.1])
     m = module(model_folder, kernels=KernelConfig(lora="on"))
     with pytest.raises(GRPOError, match=r"Kernels: lora; switch them off"):
         trainer(tmp_path, rollout(), max_steps=2).fit(m, data())

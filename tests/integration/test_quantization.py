@@ -5,7 +5,7 @@ import torch
 from fits import data, module, rollout, rows_of, same_bits, trainer, weights
 from models import random_rollout, save_tiny
 
-from grpo_lightning import kernels
+from grpo_lightning import lora_layers
 from grpo_lightning.errors import ConfigError
 from grpo_lightning.kernels import KernelConfig
 
@@ -47,8 +47,8 @@ def test_it_trains_an_adapter_and_resumes(wide_model, tmp_path):
 
 def test_the_fused_adapter_over_a_4_bit_base(wide_model, monkeypatch):
     found, calls = [], []
-    delta = kernels.lora_delta
-    monkeypatch.setattr(kernels, "lora_delta", lambda *args: calls.append(1) or delta(*args))
+    op = lora_layers.lora_linears
+    monkeypatch.setattr(lora_layers, "lora_linears", lambda x, ls: calls.append(ls[0].y) or op(x, ls))
     b = random_rollout(seed=2)
     for choice in ("off", "on"):
         m = four_bit(wide_model)
@@ -62,6 +62,7 @@ def test_the_fused_adapter_over_a_4_bit_base(wide_model, monkeypatch):
         logp.sum().backward()
         found.append([logp.detach(), *(p.grad for p in m.policy.trainable().values())])
     assert len(calls) == 14
+    assert all(y is not None for y in calls)
     for got, want in zip(found[1], found[0], strict=True):
         torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-4)
 

@@ -90,7 +90,7 @@ def test_micro_batches_without_trainable_tokens(model_folder, tmp_path):
 
 
 def test_a_second_fit_checks_again_and_can_go_back(model_folder, tmp_path, monkeypatch):
-    from grpo_lightning import kernels
+    from grpo_lightning import lora_layers
 
     m = module(model_folder, kernels=KernelConfig(lora="on"))
     trainer(tmp_path / "a", rollout(), max_steps=1).fit(m, data())
@@ -98,14 +98,14 @@ def test_a_second_fit_checks_again_and_can_go_back(model_folder, tmp_path, monke
     trainer(tmp_path / "b", rollout(), max_steps=1).fit(m, data())
     assert not any(type(x).__name__.startswith("Fused") for x in m.policy.modules())
     m.kernels = KernelConfig(lora="on")
-    monkeypatch.setattr(kernels, "lora_linear", lambda x, w, *args: x @ w.T * 1.1)
+    monkeypatch.setattr(lora_layers, "lora_linears", lambda x, ls: [x @ ls[0].weight.T * 1.1])
     with pytest.raises(GRPOError, match="Kernels: lora"):
         trainer(tmp_path / "c", rollout(), max_steps=1).fit(m, data())
 
 
 def test_a_kernel_that_has_nothing_to_do_says_so(model_folder, tmp_path):
     m = module(model_folder, kernels=KernelConfig(lora="on"))
-    with pytest.warns(UserWarning, match=r"14 of 14 LoRA layers run peft's own forward \(autocast\)"):
+    with pytest.warns(UserWarning, match=r"lora: 14 of 14 modules run their own forward \(autocast\)"):
         trainer(tmp_path / "a", rollout(), max_steps=1, precision="bf16-mixed").fit(m, data())
     assert not any(type(x).__name__.startswith("Fused") for x in m.policy.modules())
     m = module(model_folder, lora=None, kernels=KernelConfig(lora="on"))

@@ -6,7 +6,7 @@ from models import random_rollout, tiny_llama
 from tiny import tiny_tokenizer
 
 from grpo_lightning.kernels import KernelConfig
-from grpo_lightning.ops.lora_linear import lora_delta, lora_linear
+from grpo_lightning.ops.lora_linear import Adapted, lora_linears
 
 
 def parts(dtype=torch.float64, master=None, seed=0):
@@ -22,6 +22,14 @@ def parts(dtype=torch.float64, master=None, seed=0):
 
 def formula(x, w, bias, a, b, s):
     return torch.nn.functional.linear(x, w, bias) + s * (x @ a.T) @ b.T
+
+
+def lora_linear(x, w, bias, a, b, s):
+    return lora_linears(x, [Adapted(a, b, s, w, bias)])[0]
+
+
+def lora_delta(y, x, a, b, s):
+    return lora_linears(x, [Adapted(a, b, s, y=y)])[0]
 
 
 @pytest.mark.parametrize("with_bias", [False, True])
@@ -45,6 +53,83 @@ def test_bf16_keeps_fp32_masters_and_their_gradients():
     assert (y.double() - want).norm() / want.norm() < 1e-2
     for got, ref in ((a, exact[3]), (b, exact[4]), (x, exact[0])):
         assert (got.grad.double() - ref.grad).norm() / ref.grad.norm() < 1e-2
+
+
+def several(dtype=torch.float64, master=None):
+    """Three layers over one x: of other widths, ranks and scalings, one of which has computed its base."""
+    x, w, bias, a, b = parts(dtype, master)
+    g = torch.Generator().manual_seed(7)
+
+    def draw(*shape, kind=master or dtype):
+        return torch.randn(*shape, generator=g, dtype=torch.float64).to(kind)
+
+    own = draw(2, 5, 6, kind=dtype).requires_grad_()
+    second = Adapted(draw(2, 8).requires_grad_(), draw(4, 2).requires_grad_(), 2.0, draw(4, 8, kind=dtype))
+    third = Adapted(draw(5, 8).requires_grad_(), draw(6, 5).requires_grad_(), 0.7, y=own)
+    return x, [Adapted(a, b, 0.5, w, bias), second, third]
+
+
+def one_by_one(x, layers):
+    return [
+        (torch.nn.functional.linear(x, m.weight, m.bias) if m.y is None else m.y)
+        + m.scaling * x @ m.a.T @ m.b.T
+        for m in layers
+    ]
+
+
+def trained(x, layers):
+    return [x, layers[2].y, *(t for m in layers for t in (m.a, m.b))]
+
+
+def test_several_layers_over_one_x():
+    x, layers = several()
+
+    def op(x, y, *adapters):
+        pairs = zip(layers, adapters[::2], adapters[1::2], strict=True)
+        made = [m._replace(a=a, b=b) for m, a, b in pairs]
+        return tuple(lora_linears(x, [*made[:2], made[2]._replace(y=y)]))
+
+    assert torch.autograd.gradcheck(op, trained(x, layers))
+    with torch.no_grad():
+        for got, want in zip(lora_linears(x, layers), one_by_one(x, layers), strict=True):
+            torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize("asked", [(0,), (1,), (2,), (0, 2)])
+def test_layers_that_nobody_asks_get_no_gradient(asked, monkeypatch):
+    stock = torch.empty_like
+    monkeypatch.setattr(torch, "empty_like", lambda *a, **k: stock(*a, **k).fill_(torch.nan))
+    x, layers = several()
+    inputs, gradients = trained(x, layers), []
+    for f in (lora_linears, one_by_one):
+        y = f(x, layers)
+        loss = sum((y[i] * y[i].detach().cos()).sum() for i in asked)
+        gradients.append(torch.autograd.grad(loss, inputs, allow_unused=True))
+    for got, want in zip(*gradients, strict=True):
+        assert (got is None) == (want is None)
+        if want is not None:
+            torch.testing.assert_close(got, want)
+
+
+def test_several_layers_in_bf16():
+    x, layers = several(torch.bfloat16, torch.float32)
+    inputs = trained(x, layers)
+    y = lora_linears(x, layers)
+    exact = {id(t): t.detach().double().requires_grad_(t.requires_grad) for t in inputs}
+    wide = [
+        Adapted(
+            exact[id(m.a)], exact[id(m.b)], m.scaling,
+            None if m.weight is None else m.weight.double(), None if m.bias is None else m.bias.double(),
+            None if m.y is None else exact[id(m.y)],
+        )
+        for m in layers
+    ]  # fmt: skip
+    want = one_by_one(exact[id(x)], wide)
+    got = torch.autograd.grad(sum(t.sum() for t in y), inputs)
+    reference = torch.autograd.grad(sum(t.sum() for t in want), [exact[id(t)] for t in inputs])
+    assert [g.dtype for g in got] == [t.dtype for t in inputs]
+    for a, b in zip((*y, *got), (*want, *reference), strict=True):
+        assert (a.double() - b).norm() / b.norm() < 2e-2
 
 
 def test_an_input_that_needs_no_gradient_gets_none():

@@ -1,0 +1,163 @@
+"""SwiGLU and RMSNorm: twins and kernels against fp64, twins against stock modules."""
+
+import pytest
+import torch
+
+from grpo_lightning.ops.rms_norm import rms_norm
+from grpo_lightning.ops.swiglu import swiglu
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+# The interpreter cuts bf16 instead of rounding it.
+TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 2e-2, torch.float16: 2e-3, torch.float64: 1e-12}
+
+
+def draw(*shape, seed=0, dtype=torch.float32, scale=1.0):
+    x = torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) * scale
+    return x.to(DEVICE, dtype)
+
+
+def near(got, want, dtype):
+    gap = (got.double() - want.double()).norm().item()
+    assert gap <= TOLERANCE[dtype] * max(want.double().norm().item(), 1.0), gap
+
+
+def backends():
+    try:
+        import grpo_lightning.ops.rms_norm_triton
+        import grpo_lightning.ops.swiglu_triton  # noqa: F401
+    except ImportError:
+        return ["torch"]
+    return ["torch", "triton"]
+
+
+@pytest.fixture(autouse=True)
+def poison(monkeypatch):
+    """Fresh memory is NaN, and so is what lies behind it: what a kernel leaves out or writes beside shows."""
+    stock, behind = torch.empty, []
+
+    def empty(*shape, dtype=torch.float32, device=None):
+        size = torch.Size(shape[0] if isinstance(shape[0], tuple | list) else shape)
+        memory = stock(size.numel() + 8192, dtype=dtype, device=device).fill_(torch.nan)
+        behind.append(memory[size.numel() :])
+        return memory[: size.numel()].view(size)
+
+    monkeypatch.setattr(torch, "empty", empty)
+    monkeypatch.setattr(torch, "empty_like", lambda x: empty(x.shape, dtype=x.dtype, device=x.device))
+    yield
+    assert all(rest.isnan().all() for rest in behind)
+
+
+def exact_norm(x, w, eps):
+    return w * x / (x.square().mean(-1, keepdim=True) + eps).sqrt()
+
+
+def run(op, inputs, seed=9):
+    y = op(*inputs)
+    dy = draw(*y.shape, seed=seed, dtype=y.dtype)
+    trained = [t for t in inputs if t.requires_grad]
+    return y.detach(), torch.autograd.grad(y, trained, dy)
+
+
+def exactly(op, inputs, dtype, seed=9):
+    wide = [t.detach().double().requires_grad_(t.requires_grad) for t in inputs]
+    y = op(*wide)
+    dy = draw(*y.shape, seed=seed, dtype=dtype).double()
+    return y.detach(), torch.autograd.grad(y, [t for t in wide if t.requires_grad], dy)
+
+
+@pytest.mark.parametrize("backend", backends())
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(5, 7), (1, 1), (2, 3, 130), (3, 2049), (0, 8)])
+def test_swiglu_against_fp64(backend, dtype, shape):
+    inputs = [draw(*shape, seed=i, dtype=dtype, scale=3.0).requires_grad_() for i in range(2)]
+    got = run(lambda g, u: swiglu(g, u, backend), inputs)
+    want = exactly(lambda g, u: torch.nn.functional.silu(g) * u, inputs, dtype)
+    near(got[0], want[0], dtype)
+    for a, b, t in zip(got[1], want[1], inputs, strict=True):
+        assert a.dtype == dtype
+        assert a.shape == t.shape
+        near(a, b, dtype)
+
+
+@pytest.mark.parametrize("backend", backends())
+def test_swiglu_of_extreme_and_strided_numbers(backend):
+    g = torch.tensor([[-1e4, -90.0, -0.0, 90.0, 1e4, 7.0]], device=DEVICE).T.requires_grad_()
+    u = draw(12, 6)[:6, ::6].requires_grad_()
+    y, (dg, du) = run(lambda g, u: swiglu(g, u, backend), [g, u])
+    want, exact = exactly(lambda g, u: torch.nn.functional.silu(g) * u, [g, u], torch.float32)
+    for a, b in ((y, want), (dg, exact[0]), (du, exact[1])):
+        torch.testing.assert_close(a.double(), b, atol=1e-5, rtol=1e-5)
+    dy = draw(1, 1).expand(6, 1)
+    for a in torch.autograd.grad(swiglu(g, u, backend), [g, u], dy):
+        assert a.isfinite().all()
+
+
+@pytest.mark.parametrize("backend", backends())
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("trained", [False, True])
+@pytest.mark.parametrize("shape", [(5, 7), (1, 1), (2, 3, 5, 128), (37, 16), (3, 2500), (1200, 96), (0, 8)])
+def test_rms_norm_against_fp64(backend, dtype, trained, shape):
+    x = draw(*shape, dtype=dtype).requires_grad_()
+    w = draw(shape[-1], seed=1, dtype=dtype).requires_grad_(trained)
+    got = run(lambda x, w: rms_norm(x, w, 1e-6, backend), [x, w])
+    want = exactly(lambda x, w: exact_norm(x, w, 1e-6), [x, w], dtype)
+    near(got[0], want[0], dtype)
+    assert len(got[1]) == 1 + trained
+    for a, b, t in zip(got[1], want[1], (x, w), strict=False):
+        assert a.dtype == dtype
+        assert a.shape == t.shape
+        near(a, b, dtype)
+
+
+@pytest.mark.parametrize("backend", backends())
+@pytest.mark.parametrize("eps", [1e-6, 1e-1])
+def test_rms_norm_of_small_large_and_strided_rows(backend, eps):
+    rows = draw(6, 40) * torch.tensor([0.0, 1e-4, 1.0, 1e4, 1.0, 1e-2], device=DEVICE)[:, None]
+    w = draw(20, seed=1)
+    for x in (rows[:, :20], rows[:, ::2], rows[::2, 20:]):
+        x = x.detach().requires_grad_()
+        y, (dx,) = run(lambda x, w: rms_norm(x, w, eps, backend), [x, w])
+        want, (exact,) = exactly(lambda x, w: exact_norm(x, w, eps), [x, w], torch.float32)
+        torch.testing.assert_close(y.double(), want, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(dx.double(), exact, atol=1e-3, rtol=1e-4)
+        dy = draw(20).expand(len(x), 20)
+        expanded = torch.autograd.grad(rms_norm(x, w, eps, backend), x, dy)[0]
+        spread = torch.autograd.grad(rms_norm(x, w, eps, backend), x, dy.contiguous())[0]
+        assert torch.equal(expanded, spread)
+
+
+@pytest.mark.parametrize("backend", backends())
+def test_the_gradient_of_a_norms_weight_is_the_same_every_time(backend):
+    x, w = draw(1500, 64), draw(64, seed=1).requires_grad_()
+    found = [run(lambda w: rms_norm(x, w, 1e-6, backend), [w])[1][0] for _ in range(2)]
+    assert torch.equal(*found)
+
+
+def test_gradcheck():
+    x, w = draw(3, 5, dtype=torch.float64).requires_grad_(), draw(5, seed=1, dtype=torch.float64)
+    assert torch.autograd.gradcheck(lambda x, w: rms_norm(x, w, 1e-6, "torch"), (x, w.requires_grad_()))
+    u = draw(3, 5, seed=2, dtype=torch.float64).requires_grad_()
+    assert torch.autograd.gradcheck(lambda g, u: swiglu(g, u, "torch"), (x, u))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_twins_round_as_transformers_does(dtype):
+    from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
+
+    norm = Qwen2RMSNorm(33, eps=1e-5).to(DEVICE, dtype)
+    norm.weight.data.copy_(draw(33, seed=3))
+    x, u = draw(9, 33, dtype=dtype), draw(9, 33, seed=1, dtype=dtype)
+    assert torch.equal(rms_norm(x, norm.weight, 1e-5, "torch"), norm(x))
+    assert torch.equal(swiglu(x, u, "torch"), torch.nn.functional.silu(x) * u)
+
+
+def test_a_second_backward_through_a_kept_graph_gives_the_same():
+    """Nothing that is kept for the backward is written to."""
+    g, u = draw(4, 6).requires_grad_(), draw(4, 6, seed=1).requires_grad_()
+    w = draw(6, seed=2)
+    for backend in backends():
+        y = rms_norm(swiglu(g, u, backend), w, 1e-6, backend).sum()
+        first = torch.autograd.grad(y, (g, u), retain_graph=True)
+        for a, b in zip(first, torch.autograd.grad(y, (g, u)), strict=True):
+            assert torch.equal(a, b)
