@@ -21,8 +21,11 @@ from grpo_lightning.errors import ConfigError, choices
 from grpo_lightning.ops.lora_linear import lora_delta, lora_linear
 
 CHOICES = ("auto", "on", "off")
-AUTO = {"head": False, "attention": False, "lora": False, "compile": False}
+AUTO = {"head": False, "attention": False, "lora": False, "compile": False, "loss": False}
 """what `auto` takes on CUDA: a kernel is listed True once benchmarks/results shows what it gains"""
+
+TRITON = ("head", "loss")
+"""what needs CUDA, or Triton's interpreter"""
 
 WORTH_SHARING = 1.2
 """how many times the tokens there must be without sharing; below, a second call of attention costs more"""
@@ -37,6 +40,7 @@ class KernelConfig:
         attention: flash attention over segments, a prompt once per group (half types on CUDA).
         lora: a LoRA layer as one op, in the base's type with fp32 masters.
         compile: torch.compile of every decoder layer, once for all lengths.
+        loss: the Triton kernel of the loss, its gradient and its statistics in one launch.
         shared_prompts: a prompt goes through the model once for its group. `auto` copies it before every
             completion where attention runs as segments and sharing saves less than a sixth of the tokens.
     """
@@ -45,6 +49,7 @@ class KernelConfig:
     attention: str | bool = "auto"
     lora: str | bool = "auto"
     compile: str | bool = "auto"
+    loss: str | bool = "auto"
     shared_prompts: str | bool = "auto"
 
     def __post_init__(self) -> None:
@@ -59,10 +64,11 @@ class KernelConfig:
         """Returns which kernels run on `device`."""
         given = asdict(self)
         interpreted = os.environ.get("TRITON_INTERPRET") == "1"
-        if self.head == "on" and device.type != "cuda" and not interpreted:
-            raise ConfigError(
-                f"model.kernels.head is 'on', but the model is on {device.type}; take auto or off"
-            )
+        for key in TRITON:
+            if given[key] == "on" and device.type != "cuda" and not interpreted:
+                raise ConfigError(
+                    f"model.kernels.{key} is 'on', but the model is on {device.type}; take auto or off"
+                )
         return {
             key: on and device.type == "cuda" if given[key] == "auto" else given[key] == "on"
             for key, on in AUTO.items()

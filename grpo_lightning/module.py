@@ -215,7 +215,8 @@ class GRPOModule(pl.LightningModule):
         weights: Weights = {"kl_coef": self.coefficients.kl, "entropy_coef": self.coefficients.entropy}
         logprobs, entropy, log_kept = self.policy.logprobs(rollout, entropy_grad=weights["entropy_coef"] != 0)
         rollout = rollout if log_kept is None else rollout.rescored(log_kept)
-        out = policy_loss(logprobs, rollout, self.loss, entropy, **weights)
+        backend = "triton" if self.policy.prepared.chosen["loss"] else "torch"
+        out = policy_loss(logprobs, rollout, self.loss, entropy, backend=backend, **weights)
         self._window.append(out.stats | self._rollout_stats(rollout, logprobs.detach()))
         if self._window_is_full(batch_idx):
             self._log_window()
@@ -247,7 +248,7 @@ class GRPOModule(pl.LightningModule):
             self.log(key, value, batch_size=1)
         mean_distance, allowed = found.get(f"{name}_mean", float("nan")), self._largest_distance()
         if not mean_distance <= allowed:
-            on = [key for key, chosen in self.policy.prepared.chosen.items() if chosen]
+            on = [key for key, chosen in self.policy.prepared.chosen.items() if chosen and key != "loss"]
             raise GRPOError(
                 f"the packed forward gives log-probabilities that are {mean_distance:.3g} nats on average "
                 f"from the model's own; at most {allowed:g} is rounding. Kernels: {', '.join(on) or 'none'}; "
