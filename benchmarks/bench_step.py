@@ -24,7 +24,7 @@ from grpo_lightning.losses import LossConfig
 from grpo_lightning.ops import policy_loss
 from grpo_lightning.policy import Policy
 
-OFF = {"head": "off", "attention": "off", "lora": "off", "compile": "off", "shared_prompts": "off"}
+OFF = dict.fromkeys(("head", "attention", "lora", "compile", "loss", "shared_prompts"), "off")
 PIECES = (  # each adds one to those above it: name, kernels, micro-batches, layout
     ("padded, PEFT, torch head, 4 parts", {}, 4, "padded"),
     ("+ Triton head", {"head": "on"}, 4, "padded"),

@@ -10,13 +10,13 @@ from typing import Any
 
 import torch
 import triton
+from models import random_rollout
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from grpo_lightning.losses import KL_ESTIMATORS, RECIPES, CorrectionConfig, LossConfig
 from grpo_lightning.losses.corrections import LEVELS, MODES
 from grpo_lightning.ops import head_triton, policy_loss_triton
-from models import random_rollout
 
 TARGET = GPUTarget("cuda", 90, 32)
 ROWS = {

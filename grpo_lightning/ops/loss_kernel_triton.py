@@ -3,7 +3,7 @@
 One program walks the tokens of one completion: first for what depends on the whole completion, then for the
 loss and the derivative by each token, then, where the ratio or the surrogate is the completion's, once more
 to hand every token its share. Which surrogate, level, estimator and correction run is compiled in; numbers
-and lengths are not.
+and lengths are not. `data`, `numbers` and `rules` are the records of `policy_loss_triton`.
 """
 
 from typing import Any, NamedTuple
@@ -13,45 +13,6 @@ import triton.language as tl
 
 from grpo_lightning.ops.loss_rules_triton import clamp
 from grpo_lightning.ops.loss_stats import Sums, Weighed
-
-
-class Data(NamedTuple):
-    """What is read; None: there is none."""
-
-    logprobs: Any  # [N] and so on down to entropy_keep
-    old: Any
-    sampler: Any
-    ref: Any
-    entropy: Any
-    selected: Any  # uint8
-    entropy_keep: Any  # uint8
-    advantages: Any  # [S]
-    weights: Any  # [S]
-    bounds: Any  # [S + 1] int32, where completions begin
-
-
-class Numbers(NamedTuple):
-    """What may change from step to step without a compilation; None: it does not apply."""
-
-    clip_low: Any  # lowest and highest ratio that are not reported as clipped
-    clip_high: Any
-    c_low: Any  # bounds of the correction
-    c_high: Any
-    threshold: Any  # of the off-policy mask
-    kl: Any  # coefficient
-    bonus: Any  # coefficient of the entropy over the count of tokens
-    own: Any  # of the surrogate
-
-
-class Rules(NamedTuple):
-    """Device functions, and None for what is not computed."""
-
-    objective: Any
-    reach: Any
-    level: Any
-    span: Any
-    mode: Any
-    kl: Any
 
 
 class Token(NamedTuple):

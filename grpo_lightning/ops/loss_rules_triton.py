@@ -123,8 +123,8 @@ def _with_correction(d, c, A, own):
 
 @triton.jit
 def _pessimistic(d, c, A, own):
-    free = tl.where(A > 0, d <= own[1], d >= -own[0])
-    return tl.where(free, d, tl.where(A > 0, own[1], -own[0])), tl.where(free, 1.0, 0.0)
+    beyond = tl.where(A > 0, d > own[1], d < -own[0])
+    return tl.where(beyond, tl.where(A > 0, own[1], -own[0]), d), tl.where(beyond, 0.0, 1.0)
 
 
 class Objective(NamedTuple):

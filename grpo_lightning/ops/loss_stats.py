@@ -75,8 +75,9 @@ def statistics(
         has: which of kl, entropy, bonus and sampler there are.
     """
     total = columns.sum(0, dtype=torch.float64)
-    parts = (total, columns.amin(0), columns.amax(0))
-    sums, least, most = (Sums(*x[: len(Sums._fields)].unbind()) for x in parts)
+    first = len(Sums._fields)
+    parts = [total, columns.amin(0), columns.amax(0)]
+    sums, least, most = (Sums(*x[:first].unbind()) for x in parts)
     token = config.ratio_level == "token"
     stats = {
         f"clip_ratio/{name}_mean": mean(each, counts.tokens) if token else mean(whole, counts.present)
@@ -103,14 +104,13 @@ def statistics(
     }
     stats |= {name: make() for name, (what, make) in optional.items() if what in has}
     if "sampler" in has:
-        stats |= _of_correction(*(x[len(Sums._fields) :] for x in parts), counts, config)
+        stats |= _of_correction([x[first:] for x in parts], counts, config)
     return stats
 
 
-def _of_correction(
-    total: Tensor, smallest: Tensor, largest: Tensor, counts: Counts, config: LossConfig
-) -> dict[str, Stat]:
-    sums, least, most = (Weighed(*x.unbind()) for x in (total, smallest, largest))
+def _of_correction(parts: list[Tensor], counts: Counts, config: LossConfig) -> dict[str, Stat]:
+    """Returns those about the sampler from sums, minima and maxima of the columns of `Weighed`."""
+    sums, least, most = (Weighed(*x.unbind()) for x in parts)
     n = counts.tokens
     stats = {
         "sampling/missing_logprob_frac": mean(sums.unknown, n),

@@ -1,6 +1,6 @@
 """`ops.policy_loss` by the kernel: what it covers, which parts a call takes, its launch."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -8,13 +8,52 @@ from torch import Tensor
 from grpo_lightning.batch import RolloutBatch
 from grpo_lightning.losses import AGGREGATIONS, KL_ESTIMATORS, LossConfig, objectives
 from grpo_lightning.losses.segments import Segments
-from grpo_lightning.ops.loss_kernel_triton import Data, Numbers, Rules, loss_kernel
+from grpo_lightning.ops.loss_kernel_triton import loss_kernel
 from grpo_lightning.ops.loss_rules_triton import ESTIMATORS, LEVELS, MODES, OBJECTIVES, SPANS
 from grpo_lightning.ops.loss_stats import Counts, Reported, Sums, Weighed, statistics
 from grpo_lightning.ops.policy_loss import LossGrad
 
 BLOCK = 512
 """tokens that a program takes at a time; lengths do not change it, so that nothing compiles again"""
+
+
+class Data(NamedTuple):
+    """What is read; None: there is none."""
+
+    logprobs: Any  # [N] and so on down to entropy_keep
+    old: Any
+    sampler: Any
+    ref: Any
+    entropy: Any
+    selected: Any  # uint8
+    entropy_keep: Any  # uint8
+    advantages: Any  # [S]
+    weights: Any  # [S]
+    bounds: Any  # [S + 1] int32, where completions begin
+
+
+class Numbers(NamedTuple):
+    """What may change from step to step without a compilation; None: it does not apply."""
+
+    clip_low: Any  # lowest and highest ratio that are not reported as clipped
+    clip_high: Any
+    c_low: Any  # bounds of the correction
+    c_high: Any
+    threshold: Any  # of the off-policy mask
+    kl: Any  # coefficient
+    bonus: Any  # coefficient of the entropy over the count of tokens
+    own: Any  # of the surrogate
+
+
+class Rules(NamedTuple):
+    """Device functions, and None for what is not computed."""
+
+    objective: Any
+    reach: Any
+    level: Any
+    span: Any
+    mode: Any
+    kl: Any
 
 
 def why_not(config: LossConfig) -> str | None:
