@@ -28,8 +28,12 @@ AUTO = {
     "swiglu": False,
     "norm": False,
     "compile": False,
+    "loss": False,
 }
 """what `auto` takes on CUDA: a kernel is listed True once benchmarks/results shows what it gains"""
+
+TRITON = ("head", "loss")
+"""what needs CUDA, or Triton's interpreter"""
 
 WORTH_SHARING = 1.2
 """how many times the tokens there must be without sharing; below, a second call of attention costs more"""
@@ -47,6 +51,7 @@ class KernelConfig:
         swiglu: gate and up likewise, and silu(gate) up as one kernel each way.
         norm: RMSNorm as one kernel each way.
         compile: torch.compile of every decoder layer, once for all lengths.
+        loss: the Triton kernel of the loss, its gradient and its statistics in one launch.
         shared_prompts: a prompt goes through the model once for its group. `auto` copies it before every
             completion where attention runs as segments and sharing saves less than a sixth of the tokens.
     """
@@ -58,6 +63,7 @@ class KernelConfig:
     swiglu: str | bool = "auto"
     norm: str | bool = "auto"
     compile: str | bool = "auto"
+    loss: str | bool = "auto"
     shared_prompts: str | bool = "auto"
 
     def __post_init__(self) -> None:
@@ -72,10 +78,11 @@ class KernelConfig:
         """Returns which kernels run on `device`."""
         given = asdict(self)
         interpreted = os.environ.get("TRITON_INTERPRET") == "1"
-        if self.head == "on" and device.type != "cuda" and not interpreted:
-            raise ConfigError(
-                f"model.kernels.head is 'on', but the model is on {device.type}; take auto or off"
-            )
+        for key in TRITON:
+            if given[key] == "on" and device.type != "cuda" and not interpreted:
+                raise ConfigError(
+                    f"model.kernels.{key} is 'on', but the model is on {device.type}; take auto or off"
+                )
         return {
             key: on and device.type == "cuda" if given[key] == "auto" else given[key] == "on"
             for key, on in AUTO.items()

@@ -215,7 +215,8 @@ class GRPOModule(pl.LightningModule):
         weights: Weights = {"kl_coef": self.coefficients.kl, "entropy_coef": self.coefficients.entropy}
         logprobs, entropy, log_kept = self.policy.logprobs(rollout, entropy_grad=weights["entropy_coef"] != 0)
         rollout = rollout if log_kept is None else rollout.rescored(log_kept)
-        out = policy_loss(logprobs, rollout, self.loss, entropy, **weights)
+        backend = "triton" if self.policy.prepared.chosen["loss"] else "torch"
+        out = policy_loss(logprobs, rollout, self.loss, entropy, backend=backend, **weights)
         self._window.append(out.stats | self._rollout_stats(rollout, logprobs.detach()))
         if self._window_is_full(batch_idx):
             self._log_window()

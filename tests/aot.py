@@ -4,13 +4,19 @@ Run by test_aot.py in a process of its own, since there the kernels must not be 
 """
 
 import itertools
+from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
+import torch
 import triton
+from models import random_rollout
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from grpo_lightning.ops import head_triton, rms_norm_triton, swiglu_triton
+from grpo_lightning.losses import KL_ESTIMATORS, RECIPES, CorrectionConfig, LossConfig
+from grpo_lightning.losses.corrections import LEVELS, MODES
+from grpo_lightning.ops import head_triton, policy_loss_triton, rms_norm_triton, swiglu_triton
 
 TARGET = GPUTarget("cuda", 90, 32)
 ROWS = {
@@ -20,11 +26,14 @@ ROWS = {
 }  # fmt: skip
 
 
-def build(kernel: Any, signature: dict[str, str], constants: dict[str, Any], warps: int = 4) -> bytes:
-    """Returns the machine code of one variant."""
-    types = {**signature, **dict.fromkeys(constants, "constexpr")}
-    places = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
-    source = ASTSource(fn=kernel, signature=types, constexprs=places)
+POINTERS = {torch.float32: "*fp32", torch.int32: "*i32", torch.uint8: "*u8"}
+REQUIRED = {"dppo_kl": {"dppo_low": 0.05, "dppo_high": 0.05}, "dro": {"dro_coef": 0.1}}
+
+
+def build(kernel: Any, signature: dict[str, Any], constants: dict[Any, Any], warps: int = 4) -> bytes:
+    """Returns the machine code of one variant; constants by name, or by place for those inside a tuple."""
+    types = {**signature, **{name: "constexpr" for name in constants if isinstance(name, str)}}
+    source = ASTSource(fn=kernel, signature=types, constexprs=constants)
     return triton.compile(source, target=TARGET, options={"num_warps": warps}).asm["cubin"]
 
 
@@ -59,6 +68,84 @@ def body() -> int:
     return count
 
 
+class Recorder:
+    """Stands where a kernel stands, and keeps what it is called with."""
+
+    def __init__(self, kernel: Any) -> None:
+        self.names = kernel.arg_names
+        self.calls: list[dict[str, Any]] = []
+
+    def __getitem__(self, grid: Any) -> Any:
+        return lambda *args, num_warps, **flags: self.calls.append(
+            {**dict(zip(self.names, args, strict=False)), **flags}
+        )
+
+
+def described(x: Any, place: tuple[int, ...], constants: dict[Any, Any]) -> Any:
+    """Returns the type of an argument as Triton's launcher takes it; collects what is compiled in."""
+    if isinstance(x, torch.Tensor):
+        return POINTERS[x.dtype]
+    if isinstance(x, tuple):
+        kinds = [described(y, (*place, i), constants) for i, y in enumerate(x)]
+        return type(x)(*kinds) if hasattr(x, "_fields") else tuple(kinds)
+    if isinstance(x, float):
+        return "fp32"
+    constants[place] = x
+    return "constexpr"
+
+
+def loss_configs() -> Iterator[tuple[LossConfig, bool]]:
+    """Yields configs that take together every part of the loss kernel, and whether all is known."""
+    for name in RECIPES:
+        yield LossConfig(name, **REQUIRED.get(name, {})), True
+        yield LossConfig(name, kl_coef=0.1, entropy_coef=0.1, **REQUIRED.get(name, {})), True
+    yield LossConfig("grpo"), False
+    yield LossConfig("gspo", correction=CorrectionConfig(bypass=True)), True
+    yield LossConfig("grpo", top_entropy_quantile=0.5, off_policy_threshold=0.1, dual_clip=3.0), True
+    yield LossConfig("grpo", kl_coef=0.1, kl_in="reward"), True
+    for level, mode in itertools.product(LEVELS, MODES):
+        yield LossConfig("dapo", correction=CorrectionConfig(level=level, mode=mode)), True
+    for estimator in KL_ESTIMATORS:
+        for level in ("token", "sequence", "sequence_token"):
+            yield LossConfig("grpo", kl_coef=0.1, kl_estimator=estimator, ratio_level=level), True
+
+
+def loss_call(config: LossConfig, complete: bool, seed: int = 0) -> tuple[dict[str, Any], dict[Any, Any]]:
+    """Returns signature and constants of the launch for a random rollout."""
+    b = random_rollout(seed=seed, prompts=2 + seed, longest=5 + 3 * seed)
+    n = len(b.target_ids)
+    x, mask = -torch.rand(n), torch.rand(n) < 0.5
+    if complete:
+        b = replace(b, old_logprobs=x, ref_logprobs=x, sampler_logprobs=x, selected=mask, entropy_keep=mask)
+    recorder = Recorder(policy_loss_triton.loss_kernel)
+    policy_loss_triton.loss_kernel, kernel = recorder, policy_loss_triton.loss_kernel
+    try:
+        config = config.resolve()
+        policy_loss_triton.policy_loss_grad(
+            x, b, config, x if complete else None, config.kl_coef, config.entropy_coef
+        )
+    finally:
+        policy_loss_triton.loss_kernel = kernel
+    (call,) = recorder.calls
+    constants: dict[Any, Any] = {}
+    return {name: described(call[name], (i,), constants) for i, name in enumerate(recorder.names)}, constants
+
+
+def loss_variants() -> int:
+    """Compiles every variant of the loss kernel once; lengths make no other."""
+    seen = set()
+    for config, complete in loss_configs():
+        if policy_loss_triton.why_not(config.resolve()) is not None:
+            continue
+        calls = [loss_call(config, complete, seed) for seed in range(3)]
+        keys = {str((s, {k: getattr(v, "__name__", v) for k, v in c.items()})) for s, c in calls}
+        assert len(keys) == 1, keys
+        if not keys <= seen:
+            assert build(policy_loss_triton.loss_kernel, *calls[0])
+        seen |= keys
+    return len(seen)
+
+
 def main() -> None:
     """Compiles all variants and says how many."""
     count = body()
@@ -74,6 +161,7 @@ def main() -> None:
         signature = {"x_ptr": dtype, "g_ptr": "*fp32", "out_ptr": dtype, "stride": "i32", "width": "i32"}
         assert build(head_triton._scale, signature, {"BLOCK": 1024})
         count += 1
+    count += loss_variants()
     print(f"compiled {count} variants with triton {triton.__version__}")
 
 

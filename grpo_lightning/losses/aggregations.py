@@ -21,7 +21,11 @@ class Aggregation:
 
     def weights(self, segments: Segments, totals: LossTotals) -> Tensor:
         """Returns w [N] float64; every token of a completion weighs the same."""
-        return segments.spread(1 / self.divisors(segments, totals).clamp(min=1))
+        return segments.spread(self.per_completion(segments, totals))
+
+    def per_completion(self, segments: Segments, totals: LossTotals) -> Tensor:
+        """Returns the weight [S] float64 of each token of a completion."""
+        return 1 / self.divisors(segments, totals).clamp(min=1)
 
 
 def _constant(s: Segments, divisor: float) -> Tensor:

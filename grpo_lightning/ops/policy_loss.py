@@ -4,6 +4,8 @@ A backend is a function that returns a `LossGrad`; what calls `policy_loss` does
 torch twin differentiates the tables of `losses/` as they are, so it holds for every row, a user's own too.
 """
 
+import warnings
+from functools import cache
 from typing import Any, NamedTuple, Unpack
 
 import torch
@@ -13,6 +15,7 @@ from grpo_lightning import losses
 from grpo_lightning.batch import RolloutBatch
 from grpo_lightning.losses import LossConfig, LossOutput
 from grpo_lightning.losses.policy_loss import Weights
+from grpo_lightning.ops.dispatch import use_triton
 from grpo_lightning.stats import Stat
 
 
@@ -30,9 +33,43 @@ def policy_loss_grad(
     batch: RolloutBatch,
     config: LossConfig,
     entropy: Tensor | None = None,
+    *,
+    backend: str = "torch",
     **weights: Unpack[Weights],
 ) -> LossGrad:
-    """Returns loss, gradient and statistics; the torch twin. Arguments as in `losses.policy_loss`."""
+    """Returns loss, gradient and statistics. Arguments and errors as in `losses.policy_loss`.
+
+    Args:
+        backend: torch, triton, or auto, which is triton on CUDA. What the kernel does not cover runs in
+            torch, and that is said once.
+    """
+    config = config.resolve()
+    if len(logprobs) and use_triton(logprobs.device, backend):
+        from grpo_lightning.ops import policy_loss_triton as kernel
+
+        kl_coef = weights.get("kl_coef", config.kl_coef)
+        entropy_coef = weights.get("entropy_coef", config.entropy_coef)
+        wide = None if logprobs.dtype == torch.float32 else f"log-probabilities in {logprobs.dtype}"
+        reason = kernel.why_not(config) or wide
+        if reason is not None:
+            _say_once(reason)
+        elif not kernel.lacks(batch, config, entropy, entropy_coef):
+            return kernel.policy_loss_grad(logprobs, batch, config, entropy, kl_coef, entropy_coef)
+    return _twin(logprobs, batch, config, entropy, **weights)
+
+
+@cache
+def _say_once(reason: str) -> None:
+    warnings.warn(f"the loss kernel does not cover {reason}: it runs in plain torch, slower", stacklevel=4)
+
+
+def _twin(
+    logprobs: Tensor,
+    batch: RolloutBatch,
+    config: LossConfig,
+    entropy: Tensor | None,
+    **weights: Unpack[Weights],
+) -> LossGrad:
     with torch.enable_grad():
         leaf = logprobs.detach().requires_grad_()
         spread = None if entropy is None else entropy.detach().requires_grad_()
@@ -48,13 +85,16 @@ def policy_loss(
     batch: RolloutBatch,
     config: LossConfig,
     entropy: Tensor | None = None,
+    *,
+    backend: str = "torch",
     **weights: Unpack[Weights],
 ) -> LossOutput:
     """Returns the loss, attached to `logprobs` and `entropy` by the gradient that was computed with it.
 
-    Arguments and errors as in `losses.policy_loss`, which this equals in value, gradient and statistics.
+    Arguments and errors as in `policy_loss_grad`; equals `losses.policy_loss` in value, gradient and
+    statistics.
     """
-    out = policy_loss_grad(logprobs, batch, config, entropy, **weights)
+    out = policy_loss_grad(logprobs, batch, config, entropy, backend=backend, **weights)
     loss = _Attached.apply(logprobs, entropy, out.loss, out.dlogprobs, out.dentropy)
     return LossOutput(loss, out.stats)  # pyright: ignore[reportArgumentType]  # apply() is untyped
 

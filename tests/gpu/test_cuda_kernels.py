@@ -2,11 +2,13 @@
 
 import pytest
 import torch
+from losses import REQUIRED, compare, micro_batch
 from models import random_rollout, tiny_llama
 from tiny import tiny_tokenizer
 
 from grpo_lightning.kernels import KernelConfig
-from grpo_lightning.ops import fused_linear_logprobs
+from grpo_lightning.losses import RECIPES, CorrectionConfig, LossConfig
+from grpo_lightning.ops import fused_linear_logprobs, policy_loss_grad
 from grpo_lightning.ops.lora_linear import Adapted, lora_linears
 from grpo_lightning.ops.rms_norm import rms_norm
 from grpo_lightning.ops.swiglu import swiglu
@@ -15,7 +17,7 @@ from grpo_lightning.policy import Policy
 
 pytestmark = pytest.mark.gpu
 EVERYTHING = KernelConfig(
-    head="on", attention="on", lora="on", qkv="on", swiglu="on", norm="on", compile="on"
+    head="on", attention="on", lora="on", qkv="on", swiglu="on", norm="on", compile="on", loss="on"
 )
 BODY = KernelConfig(attention="on", lora="on", qkv="on", swiglu="on", norm="on")
 
@@ -121,6 +123,35 @@ def test_head_in_chunks_with_softcap_and_temperatures():
     torch.autograd.backward([logp, entropy], [g, e])
     torch.autograd.backward([want, want_entropy], [g.double(), e.double()])
     assert relative(h.grad, h64.grad) < 5e-3
+
+
+LONG = (2048, 0, 1, 700, 513, 512, 511, 90)
+
+
+@pytest.mark.parametrize("name", sorted(set(RECIPES) - {"real", "fipo"}))
+@pytest.mark.parametrize("lengths", [LONG, (3, 0, 1, 5)], ids=str)
+def test_loss_against_fp64(name, lengths):
+    made = {k: x.to("cuda") for k, x in micro_batch(lengths, spread=0.05).items()}
+    for correction in (CorrectionConfig(), CorrectionConfig(mode="mask", low=0.95, high=1.05)):
+        config = LossConfig(
+            name, kl_coef=0.04, entropy_coef=0.01, correction=correction, **REQUIRED.get(name, {})
+        )
+        compare(config, **made)
+
+
+def test_the_loss_compiles_once_for_all_lengths():
+    import triton
+
+    compiled = []
+    triton.knobs.runtime.jit_post_compile_hook = lambda *args, **kwargs: compiled.append(args)
+    try:
+        for step in range(20):
+            made = micro_batch((1 + 97 * step, step, 0, 1), seed=step)
+            b, logprobs = made["batch"].to("cuda"), made["logprobs"].to("cuda")
+            policy_loss_grad(logprobs, b, LossConfig("gspo", clip_high=0.1 + step), backend="triton")
+    finally:
+        triton.knobs.runtime.jit_post_compile_hook = None
+    assert len(compiled) <= 1
 
 
 def lora_policy(dtype=torch.bfloat16, kernels=None):

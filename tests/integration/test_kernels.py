@@ -39,16 +39,19 @@ def test_training_is_the_same_with_the_fused_adapters(model_folder, tmp_path):
         torch.testing.assert_close(found[1][name], w, atol=1e-5, rtol=0)
 
 
-def test_the_triton_head_trains_like_the_twin(model_folder, tmp_path):
+@pytest.mark.parametrize("kernel", ["head", "loss"])
+def test_a_triton_kernel_trains_like_its_twin(model_folder, tmp_path, kernel):
     found = []
     for choice in ("off", "on"):
-        m = module(
-            model_folder, kernels=KernelConfig(head=choice), optimizer=lambda p: torch.optim.SGD(p, 0.5)
-        )
+        kernels = KernelConfig(**{kernel: choice})
+        m = module(model_folder, kernels=kernels, optimizer=lambda p: torch.optim.SGD(p, 0.5))
         trainer(tmp_path / choice, rollout(), max_steps=2).fit(m, data())
-        found.append(weights(m))
-    for name, w in found[0].items():
-        torch.testing.assert_close(found[1][name], w, atol=1e-5, rtol=0)
+        found.append((weights(m), rows_of(tmp_path / choice)))
+    (want, logged), (got, ours) = found
+    for name, w in want.items():
+        torch.testing.assert_close(got[name], w, atol=1e-5, rtol=0)
+    assert [r.keys() for r in ours] == [r.keys() for r in logged]
+    assert float(ours[0]["loss"]) == pytest.approx(float(logged[0]["loss"]), abs=1e-5)
 
 
 def test_compiled_layers_compute_the_same_and_compile_once(monkeypatch):

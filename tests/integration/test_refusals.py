@@ -74,10 +74,11 @@ def test_yamls_on_and_off():
         CorrectionConfig(mode=True)
 
 
-def test_a_head_kernel_without_a_gpu(monkeypatch):
+@pytest.mark.parametrize("kernel", ["head", "loss"])
+def test_a_triton_kernel_without_a_gpu(monkeypatch, kernel):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    with pytest.raises(ConfigError, match="the model is on cpu; take auto"):
-        KernelConfig(head="on").chosen(torch.device("cpu"))
+    with pytest.raises(ConfigError, match=f"kernels.{kernel} is 'on', but the model is on cpu; take auto"):
+        KernelConfig(**{kernel: "on"}).chosen(torch.device("cpu"))
 
 
 def test_micro_batches_without_trainable_tokens(model_folder, tmp_path):

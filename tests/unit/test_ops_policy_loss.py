@@ -4,14 +4,13 @@ from dataclasses import replace
 
 import pytest
 import torch
+from losses import REQUIRED
 from models import random_rollout
 
 from grpo_lightning import losses, ops
 from grpo_lightning.losses import RECIPES, CorrectionConfig, LossConfig, register_surrogate
 from grpo_lightning.losses.surrogates import SURROGATES
 from grpo_lightning.stats import values
-
-REQUIRED = {"dppo_kl": {"dppo_low": 0.05, "dppo_high": 0.05}, "dro": {"dro_coef": 0.1}}
 
 
 def case(seed=1):
