@@ -17,7 +17,7 @@ BLOCK = 512
 """tokens that a program takes at a time; lengths do not change it, so that nothing compiles again"""
 
 ALIGNED = 16
-"""bytes; Triton compiles once more for a pointer that is not, and inside a record that cannot be switched off"""
+"""bytes; Triton compiles again for a pointer that is not, and for those in a record it always looks"""
 
 
 class Data(NamedTuple):

@@ -1,4 +1,4 @@
-"""The kernels on a GPU against fp64; run with `pytest -m gpu tests/gpu`. On a GPU `tests/unit/test_*_triton.py` run there too."""
+"""The kernels on a GPU against fp64: `pytest -m gpu tests/gpu`, then `pytest tests/unit/test_*_triton.py`."""
 
 import pytest
 import torch
