@@ -251,7 +251,7 @@ def _write(row, columns):
         tl.store(row + i, columns[i])
 
 
-@triton.jit(do_not_specialize_on_alignment=["data", "dlogprobs", "dentropy", "columns"])
+@triton.jit
 def loss_kernel(
     data, numbers, rules, dlogprobs, dentropy, columns,
     WIDTH: tl.constexpr, BYPASS: tl.constexpr, FOLDED: tl.constexpr, CORRECTED: tl.constexpr,

@@ -16,6 +16,9 @@ from grpo_lightning.ops.policy_loss import LossGrad
 BLOCK = 512
 """tokens that a program takes at a time; lengths do not change it, so that nothing compiles again"""
 
+ALIGNED = 16
+"""bytes; Triton compiles again for a pointer that is not, and for those in a record it always looks"""
+
 
 class Data(NamedTuple):
     """What is read; None: there is none."""
@@ -185,7 +188,8 @@ def _plain(x: Tensor | None) -> Tensor | None:
     """Returns what the kernel can walk: one number after the other, bytes for truth values."""
     if x is None:
         return None
-    return x.contiguous().view(torch.uint8) if x.dtype == torch.bool else x.contiguous()
+    x = x.contiguous().view(torch.uint8) if x.dtype == torch.bool else x.contiguous()
+    return x.clone() if x.data_ptr() % ALIGNED else x
 
 
 def _on(x: Tensor, device: torch.device) -> Tensor:

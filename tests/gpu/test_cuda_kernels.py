@@ -1,4 +1,4 @@
-"""The kernels on a GPU against fp64; run with `pytest -m gpu tests/gpu tests/unit/test_head_triton.py`."""
+"""The kernels on a GPU against fp64: `pytest -m gpu tests/gpu`, then `pytest tests/unit/test_*_triton.py`."""
 
 import pytest
 import torch
@@ -148,6 +148,7 @@ def test_the_loss_compiles_once_for_all_lengths():
         for step in range(20):
             made = micro_batch((1 + 97 * step, step, 0, 1), seed=step)
             b, logprobs = made["batch"].to("cuda"), made["logprobs"].to("cuda")
+            logprobs = torch.cat([logprobs, logprobs])[len(logprobs) :]  # wherever it begins
             policy_loss_grad(logprobs, b, LossConfig("gspo", clip_high=0.1 + step), backend="triton")
     finally:
         triton.knobs.runtime.jit_post_compile_hook = None

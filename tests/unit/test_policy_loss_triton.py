@@ -244,11 +244,14 @@ def test_the_loss_is_attached():
     torch.testing.assert_close(entropy.grad, 3 * want.dentropy)
 
 
-def test_strided_vectors():
+def test_strided_vectors_and_slices():
     made = case()
     twice = {k: torch.stack([made[k]] * 2, 1)[:, 0] for k in ("logprobs", "entropy")}
     assert not twice["logprobs"].is_contiguous()
     compare(LossConfig("gspo", entropy_coef=0.1), **{**made, **twice})
+    later = {k: torch.cat([made[k][:1], made[k]])[1:] for k in ("logprobs", "entropy")}
+    assert kernel._plain(later["entropy"]).data_ptr() % 16 == 0 != later["entropy"].data_ptr() % 16
+    compare(LossConfig("gspo", entropy_coef=0.1), **{**made, **later})
 
 
 def test_what_is_not_covered_runs_in_torch_and_says_so_once():
