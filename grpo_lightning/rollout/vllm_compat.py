@@ -48,6 +48,7 @@ def import_vllm() -> Any:
     """Returns the module, set to run in this process."""
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # read on import and when an engine is made
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # a sync warns of each weight that does not change
     if find_spec("flashinfer") is None:
         os.environ.setdefault("VLLM_USE_FLASHINFER_SAMPLER", "0")
     import vllm  # pyright: ignore[reportMissingImports]

@@ -287,9 +287,19 @@ def printed(tmp_path, *configs):
     return yaml.safe_load(done.stdout)
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda p: p.stem)
+CONFIGS = [*(ROOT / "configs").glob("*.yaml"), *(ROOT / "configs" / "gpu").glob("smollm2*.yaml")]
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS), ids=lambda p: p.stem)
 def test_every_shipped_config_parses(path, tmp_path):
     assert printed(tmp_path, path)["model"]["model_name"]
+
+
+@pytest.mark.parametrize("overlay", ["gpu/qwen_1.5b_lora", "gpu/qwen_7b_qlora", "engine/vllm"])
+def test_overlays_for_engines_parse_on_top_of_qwen(tmp_path, overlay):
+    shown = printed(tmp_path, "configs/qwen.yaml", f"configs/{overlay}.yaml")
+    assert shown["rollout"]["engine"]["init_args"]["sync"] in ("auto", "adapter", "merge")
+    assert shown["rollout"]["sampling"]["max_tokens"] == 512
 
 
 def test_every_overlay_parses_on_top_of_the_quickstart(tmp_path):
