@@ -3,12 +3,14 @@
     python -m venv /tmp/trl && /tmp/trl/bin/pip install -c constraints/cpu.txt trl==1.16.0 peft
     python benchmarks/cpu_step.py --trl-python /tmp/trl/bin/python
 
-Both sides run by themselves, one after the other, with all cores. The peer is no dependency of the package.
+The sides run by themselves, one after the other, with all cores. The peer is no dependency of the package.
+Where vLLM is installed, as in `.venv-vllm`, ours runs with both engines.
 """
 
 import argparse
 import csv
 import datetime
+import importlib.util
 import json
 import os
 import platform
@@ -16,6 +18,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 from grpo_lightning.cli import load_config
@@ -23,14 +26,18 @@ from grpo_lightning.data.arithmetic import sums
 from grpo_lightning.models import resolve_model
 
 HERE = Path(__file__).parent
+VLLM = ("--config", str(HERE.parent / "configs" / "engine" / "vllm.yaml"))
 
 
-def ours(job: dict, folder: Path) -> dict:
+def ours(job: dict, folder: Path, *flags: str) -> dict:
     """Runs `grpo-lightning fit` on the shipped config without validation; returns what it logged."""
+    folder.mkdir()
+    began = time.perf_counter()
     command = [
         *(sys.executable, "-m", "grpo_lightning", "fit", "--config", "configs/quickstart.yaml"),
         *("--trainer.max_steps", str(job["steps"]), "--rollout.validation.before_training", "false"),
         *("--data.validation_split", "null", "--trainer.enable_progress_bar", "false"),
+        *flags,
     ]
     subprocess.run(command, cwd=folder, check=True, stdout=subprocess.DEVNULL)
     (file,) = folder.rglob("metrics.csv")
@@ -40,6 +47,8 @@ def ours(job: dict, folder: Path) -> dict:
     import transformers
 
     return {
+        "wall": time.perf_counter() - began,
+        "generate": [float(r["time/generate"]) for r in rows],
         "seconds": [float(r["step_time"]) for r in rows],
         "reward": [float(r["reward"]) for r in rows],
         "correct": [float(r["rewards/math_answer/mean"]) for r in rows],
@@ -96,7 +105,8 @@ def main() -> None:
     }
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        a = ours(job, folder)
+        a = ours(job, folder / "hf")
+        c = ours(job, folder / "vllm", *VLLM) if importlib.util.find_spec("vllm") else None
         b = theirs(job, args.trl_python, folder)
     table = [
         f"{job['prompts']} prompts x {job['group']} completions of at most {job['max_tokens']} tokens, "
@@ -104,16 +114,17 @@ def main() -> None:
         "",
         "| | median s/step | s in all | reward, first -> last third | correct, first -> last third |",
         "|---|---|---|---|---|",
-        row("grpo-lightning", a),
+        row("grpo-lightning, HFEngine", a),
+        *([row("grpo-lightning, VLLMEngine", c)] if c else []),
         row(f"TRL {b['versions']['trl']}", b),
         "",
         f"median step: {statistics.median(b['seconds']) / statistics.median(a['seconds']):.2f}x, "
-        f"whole run: {sum(b['seconds']) / sum(a['seconds']):.2f}x",
+        f"whole run: {sum(b['seconds']) / sum(a['seconds']):.2f}x (TRL over HFEngine)",
     ]
     print("\n".join(table))
     today = datetime.date.today().isoformat()
     job.pop("rows")
-    record = {"date": today, "device": cpu(), "job": job, "ours": a, "trl": b, "table": table}
+    record = {"date": today, "device": cpu(), "job": job, "ours": a, "ours_vllm": c, "trl": b, "table": table}
     out = HERE / "results" / f"cpu_step-{today}.json"
     out.write_text(json.dumps(record, indent=1) + "\n")
     print(f"written {out}")

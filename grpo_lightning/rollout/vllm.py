@@ -45,7 +45,8 @@ class VLLMEngine:
         sleep: what the engine gives back while the trainer works: `weights` (and the KV cache), `kv_cache`
             alone (vLLM 0.31 and later), `off`; `auto` or true takes kv_cache where it is to be had, else
             weights, and off on a CPU.
-        enforce_eager: no CUDA graphs: starts in seconds, decodes slower.
+        enforce_eager: no compilation and no CUDA graphs: starts in seconds, decodes slower. null is true on a
+            CPU, false on a GPU.
         allow_mismatch: sample from an unquantised base for a trainer in 4 bit. Two different policies (0.5
             nats apart on a small model), so model.loss.correction has to be on.
         engine_kwargs: further arguments of vllm.LLM, e.g. {max_num_batched_tokens: 16384}.
@@ -62,7 +63,7 @@ class VLLMEngine:
         max_model_len: int | None = None,
         max_num_seqs: int = 256,
         sleep: str | bool = "auto",
-        enforce_eager: bool = False,
+        enforce_eager: bool | None = None,
         allow_mismatch: bool = False,
         engine_kwargs: dict[str, Any] | None = None,
     ) -> None:

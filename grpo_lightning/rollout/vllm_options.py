@@ -26,12 +26,13 @@ def engine_arguments(engine: "VLLMEngine", context: EngineContext) -> dict[str, 
         ConfigError: an argument is ours to set, or the trainer is in 4 bit and the engine would not be.
     """
     policy = context.policy
+    on_cpu = policy.causal.device.type == "cpu"
     arguments: dict[str, Any] = {
         "model": context.model_path,
         "dtype": str(policy.compute_dtype).removeprefix("torch."),
         "max_model_len": _longest(engine, context),
         "max_num_seqs": engine.max_num_seqs,
-        "enforce_eager": engine.enforce_eager,
+        "enforce_eager": on_cpu if engine.enforce_eager is None else engine.enforce_eager,
         "logprobs_mode": "processed_logprobs",  # of the distribution that is sampled from
         "generation_config": "vllm",  # the checkpoint's sampling defaults are not the run's
         "seed": 0,
@@ -42,7 +43,7 @@ def engine_arguments(engine: "VLLMEngine", context: EngineContext) -> dict[str, 
         "trust_remote_code": bool(context.model_kwargs.get("trust_remote_code", False)),
         **_quantization(engine, context),
         **_adapter_slot(engine, policy),
-        **(_on_cpu if policy.causal.device.type == "cpu" else _on_gpu)(engine, context),
+        **(_on_cpu if on_cpu else _on_gpu)(engine, context),
     }
     if context.world_size > 1:
         arguments["distributed_executor_backend"] = "external_launcher"
