@@ -114,9 +114,33 @@ class PromptBatch:
     rollout: "RolloutBatch | None" = None
     samples: dict[str, list[Any]] | None = None
     """columns of the rollout's samples, for people to read; put here together with the rollout"""
+    spares: "list[PromptBatch]" = field(default_factory=list["PromptBatch"])
+    """further batches of P prompts, whose i-th may stand in for the i-th prompt here"""
 
     def __len__(self) -> int:
         return len(self.prompt_ids)
+
+    def take(self, i: int) -> "PromptBatch":
+        """Returns prompt `i` alone."""
+        return PromptBatch(
+            prompts=[self.prompts[i]],
+            prompt_ids=[self.prompt_ids[i]],
+            columns={name: [values[i]] for name, values in self.columns.items()},
+            uids=[self.uids[i]],
+            rollout_index=self.rollout_index,
+        )
+
+    @classmethod
+    def join(cls, batches: "list[PromptBatch]") -> "PromptBatch":
+        """Returns the prompts of all `batches`, of one rollout; a column that some lack is None there."""
+        names = dict.fromkeys(name for b in batches for name in b.columns)
+        return cls(
+            prompts=[p for b in batches for p in b.prompts],
+            prompt_ids=[ids for b in batches for ids in b.prompt_ids],
+            columns={n: [v for b in batches for v in b.columns.get(n, [None] * len(b))] for n in names},
+            uids=[uid for b in batches for uid in b.uids],
+            rollout_index=batches[0].rollout_index if batches else 0,
+        )
 
     def to(self, device: "torch.device | str") -> "PromptBatch":
         """Returns itself with its rollout, if any, on `device`; Lightning calls it."""

@@ -34,7 +34,7 @@ from grpo_lightning.losses import LossConfig
 from grpo_lightning.metrics import gather, over_ranks
 from grpo_lightning.rewards.suite import Rewards
 from grpo_lightning.rollout.collect import Collector, Rollout
-from grpo_lightning.rollout.engine import RolloutEngine, describe
+from grpo_lightning.rollout.engine import RolloutEngine
 from grpo_lightning.rollout.hf import HFEngine
 from grpo_lightning.rollout.process_guard import random_state
 from grpo_lightning.rollout.recording import record
@@ -60,6 +60,10 @@ class RolloutCallback(Callback):
         sampling: how completions are sampled in training.
         updates_per_rollout: optimizer steps per pass over a rollout; 1 is strictly on-policy.
         num_iterations: passes over a rollout.
+        dynamic_sampling: how often a group without signal makes way for another prompt's in the same rollout
+            (DAPO), drawn at random; 0 keeps it. Rewards are called as with overlap_rewards.
+        overlap_rewards: call reward functions group by group while others are still decoded, in a thread of
+            their own: a call then has one group's completions.
         micro_batches: how many of the `accumulate_grad_batches` micro-batches of an optimizer step hold
             tokens; no gradient but bnpo's depends on it. `auto` is as few as a GPU's memory holds (logged as
             memory/predicted_gib and memory/peak_gib), and `all` on other devices and for bnpo.
@@ -85,6 +89,8 @@ class RolloutCallback(Callback):
         sampling: SamplingParams = SamplingParams(),  # noqa: B008 - frozen
         updates_per_rollout: int = 1,
         num_iterations: int = 1,
+        dynamic_sampling: int = 0,
+        overlap_rewards: bool = False,
         micro_batches: int | Literal["auto", "all"] = "auto",
         advantage: str | None = None,
         advantage_clip: tuple[float | None, float | None] | None = None,
@@ -95,7 +101,7 @@ class RolloutCallback(Callback):
         max_parity: float | None = None,
         record_to: str | None = None,
     ) -> None:
-        check_counts(num_generations, updates_per_rollout, num_iterations)
+        check_counts(num_generations, updates_per_rollout, num_iterations, dynamic_sampling)
         check_sampling(sampling, advantage)
         check_micro_batches(micro_batches)
         if engine is not None and not isinstance(engine, RolloutEngine):
@@ -104,13 +110,12 @@ class RolloutCallback(Callback):
         self.rewards = Rewards(reward_funcs, reward_weights)
         self.num_generations, self.sampling = num_generations, sampling
         self.updates_per_rollout, self.num_iterations = updates_per_rollout, num_iterations
+        self.dynamic_sampling, self.overlap_rewards = dynamic_sampling, overlap_rewards
         self.micro_batches, self.cutter = micro_batches, Cutter(micro_batches, 1)
         self.advantage, self.advantage_clip = advantage, advantage_clip
         self.mask_truncated_completions = mask_truncated_completions
         self.zero_variance_groups = zero_variance_groups
-        self.validation = validation
-        self.seed = seed
-        self.max_parity = max_parity
+        self.validation, self.seed, self.max_parity = validation, seed, max_parity
         self.record_to = None if record_to is None else Path(record_to)
         self._parts: list[RolloutBatch] = []
         self._samples: dict[str, list[Any]] | None = None
@@ -123,6 +128,10 @@ class RolloutCallback(Callback):
     def parts_per_rollout(self, trainer: pl.Trainer) -> int:
         """Returns M: how many micro-batches one rollout feeds. The prompt loader asks for it."""
         return trainer.accumulate_grad_batches * self.updates_per_rollout * self.num_iterations
+
+    def spares_per_prompt(self, trainer: pl.Trainer) -> int:
+        """Returns how many prompts may stand in for each. The prompt loader asks for it."""
+        return self.dynamic_sampling
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Checks, before weights are loaded, that options, data and model fit together."""
@@ -141,8 +150,7 @@ class RolloutCallback(Callback):
     def _start(self, trainer: pl.Trainer, module: Any) -> None:
         if self._started:
             return
-        others = [] if self.validation.sampling is None else [self.validation.sampling]
-        self.engine.start(engine_context(trainer, module, self.sampling, *others))
+        self.engine.start(engine_context(trainer, module, self.sampling, self.validation.sampling))
         self._started = True
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -202,9 +210,7 @@ class RolloutCallback(Callback):
 
     def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: Any, optimizer: Any) -> None:
         """Stops a run whose engine samples from another policy than trains, before a weight changes."""
-        distance = getattr(pl_module, "window_metrics", {}).get("sampling/parity_mean")
-        if distance is not None and getattr(self.engine, "exact", True):
-            check_parity(distance, self.max_parity, pl_module.policy.compute_dtype, describe(self.engine))
+        check_parity(pl_module, self.engine, self.max_parity)
 
     def _roll(self, trainer: pl.Trainer, module: Any, prompts: PromptBatch) -> list[RolloutBatch]:
         """Returns the M micro-batches of a new rollout, in the order in which they train."""
@@ -244,6 +250,7 @@ class RolloutCallback(Callback):
             advantage=self._advantage_of(module.loss),
             advantage_clip=self.advantage_clip,
             mask_truncated=self.mask_truncated_completions,
+            by_group=self.overlap_rewards or self.dynamic_sampling > 0,
             phase=partial(profiled, trainer),
         )
         return replace(made, **changes)
@@ -262,9 +269,8 @@ class RolloutCallback(Callback):
         """Returns a rollout with the sampling of validation; training state is left as it is."""
         self._start(trainer, module)
         sampling = self.validation.sampling or replace(self.sampling, temperature=0.0)
-        collector = self.collector(
-            trainer, module, sampling=sampling, num_generations=self.validation.num_generations
-        )
+        count = self.validation.num_generations
+        collector = self.collector(trainer, module, sampling=sampling, num_generations=count, by_group=False)
         batch.rollout_index = -1
         rollout = self._collect(collector, batch, trainer, module)
         batch.rollout, batch.samples = rollout.batch, rollout.samples

@@ -16,7 +16,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from grpo_lightning.advantages import ADVANTAGES
 from grpo_lightning.errors import ConfigError, EngineError, choices
 from grpo_lightning.losses import LossConfig
-from grpo_lightning.rollout.engine import EngineContext
+from grpo_lightning.rollout.engine import EngineContext, RolloutEngine, describe
 from grpo_lightning.samples import SamplingParams
 
 
@@ -26,7 +26,7 @@ def longest_prompt(trainer: pl.Trainer) -> int:
 
 
 def engine_context(
-    trainer: pl.Trainer, module: Any, sampling: SamplingParams, *others: SamplingParams
+    trainer: pl.Trainer, module: Any, sampling: SamplingParams, other: SamplingParams | None
 ) -> EngineContext:
     """Returns what an engine may know before it starts.
 
@@ -34,14 +34,14 @@ def engine_context(
         trainer: with its strategy set up.
         module: the policy is loaded.
         sampling: of training.
-        others: of validation, which may ask for longer completions.
+        other: of validation, which may ask for longer completions.
     """
     from_pretrained = {"trust_remote_code": getattr(module, "trust_remote_code", False)}
     prompt = longest_prompt(trainer)
     return EngineContext(
         policy=module.policy,
         model_path=module.model_path,
-        max_model_len=prompt + max(s.max_tokens for s in (sampling, *others)) if prompt else None,
+        max_model_len=prompt + max(s.max_tokens for s in (sampling, other or sampling)) if prompt else None,
         sampling=sampling,
         model_kwargs={**from_pretrained, **getattr(module, "model_kwargs", {})},
         corrected=module.loss.correction.mode != "off",
@@ -71,12 +71,15 @@ def check_epoch(trainer: pl.Trainer, parts: int) -> None:
         )
 
 
-def check_counts(num_generations: int, updates_per_rollout: int, num_iterations: int) -> None:
+def check_counts(
+    num_generations: int, updates_per_rollout: int, num_iterations: int, dynamic_sampling: int
+) -> None:
     """Raises ConfigError if a count of the rollout section is too small."""
     for key, value, least, why in (
         ("num_generations", num_generations, 2, ": a group of one has no signal"),
         ("updates_per_rollout", updates_per_rollout, 1, ""),
         ("num_iterations", num_iterations, 1, ""),
+        ("dynamic_sampling", dynamic_sampling, 0, ": how often a group is replaced"),
     ):
         if value < least:
             raise ConfigError(f"rollout.{key} is {value}; it must be at least {least}{why}")
@@ -121,23 +124,25 @@ def check_context(trainer: pl.Trainer, module: Any, key: str, sampling: Sampling
         )
 
 
-def check_parity(distance: float, allowed: float | None, dtype: torch.dtype, engine: str) -> None:
+def check_parity(module: Any, engine: RolloutEngine, allowed: float | None) -> None:
     """Raises EngineError if the engine is further from the trainer's policy than rounding explains.
 
     Args:
-        distance: mean over sampled tokens, in nats.
-        allowed: None takes what is usual for `dtype`.
-        dtype: of the model.
-        engine: its name.
+        module: what the latest optimizer step's loss has logged is in its `window_metrics`.
+        engine: not judged if it says that its numbers need not be the policy's (`exact`).
+        allowed: mean over sampled tokens, in nats; None takes what is usual for the model's type.
     """
+    distance = getattr(module, "window_metrics", {}).get("sampling/parity_mean")
+    if distance is None or not getattr(engine, "exact", True):
+        return
     if allowed is None:
-        allowed = 0.02 if dtype in (torch.float32, torch.float64) else 0.2
+        allowed = 0.02 if module.policy.compute_dtype in (torch.float32, torch.float64) else 0.2
     if not distance <= allowed:
         raise EngineError(
-            f"{engine} does not sample from the policy that trains: its log-probabilities are {distance:.3g} "
-            f"nats from the trainer's on average, at most {allowed:g} is rounding (rollout.max_parity). The "
-            "weights of the last checkpoint are sound; check rollout.engine, or take "
-            "grpo_lightning.rollout.HFEngine"
+            f"{describe(engine)} does not sample from the policy that trains: its log-probabilities are "
+            f"{distance:.3g} nats from the trainer's on average, at most {allowed:g} is rounding "
+            "(rollout.max_parity). The weights of the last checkpoint are sound; check rollout.engine, or "
+            "take grpo_lightning.rollout.HFEngine"
         )
 
 

@@ -7,7 +7,7 @@ from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_info
 
 from grpo_lightning.data.encode import OVERLONG, EncodedPrompts, Encoder
-from grpo_lightning.data.loader import DealsParts, EvalPromptLoader, PromptLoader
+from grpo_lightning.data.loader import EvalPromptLoader, PromptLoader, asked_of_dealer
 from grpo_lightning.data.prompts import PromptFormat
 from grpo_lightning.data.sources import Source
 from grpo_lightning.data.splits import Splits
@@ -195,17 +195,23 @@ class PromptDataModule(LightningDataModule):
             "prompts_per_rollout": self.prompts_per_rollout,
             "rank": rank,
             "world_size": world_size,
-            "parts": self._parts_per_rollout(),
+            "parts": asked_of_dealer(self.trainer, "parts_per_rollout", 1),
             "seed": self.order_seed,
             "shuffle": self.shuffle,
             "allow_changed_data": self.allow_changed_data,
         }
+        spares = asked_of_dealer(self.trainer, "spares_per_prompt", 0)
+        if self.source.streaming and spares:
+            raise ConfigError(
+                f"rollout.dynamic_sampling is {spares}, which draws prompts from anywhere in the data, but "
+                "data.streaming reads them once, in order; set one of them to 0 or false"
+            )
         if self.source.streaming:
             fingerprint = f"{self.source.name} in blocks of {self.streaming_buffer}"
             loader = StreamingPromptLoader(self._make_stream(), fingerprint=fingerprint, **options)
         else:
             prompts = self._ready("train")
-            loader = PromptLoader(prompts, fingerprint=prompts.fingerprint, **options)
+            loader = PromptLoader(prompts, fingerprint=prompts.fingerprint, spares=spares, **options)
         if loader.remainder:
             rank_zero_info(
                 f"{loader.remainder} of {loader.n} prompts are left over in each epoch, since "
@@ -252,11 +258,6 @@ class PromptDataModule(LightningDataModule):
 
     def _rank(self) -> tuple[int, int]:
         return (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)
-
-    def _parts_per_rollout(self) -> int:
-        callbacks = getattr(self.trainer, "callbacks", [])
-        dealer = next((callback for callback in callbacks if isinstance(callback, DealsParts)), None)
-        return 1 if dealer is None else dealer.parts_per_rollout(self.trainer)
 
     def _predicted(self) -> str:
         return next(name for name in ("test", "validation", "train") if name in self.splits)

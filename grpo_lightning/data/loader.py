@@ -25,6 +25,14 @@ class DealsParts(Protocol):
     def parts_per_rollout(self, trainer: Any) -> int: ...
 
 
+def asked_of_dealer(trainer: Any, question: str, default: int) -> int:
+    """Returns what the callback that makes rollouts answers, or `default`."""
+    callbacks = getattr(trainer, "callbacks", [])
+    dealer = next((callback for callback in callbacks if isinstance(callback, DealsParts)), None)
+    answer = getattr(dealer, question, None)
+    return default if answer is None else answer(trainer)
+
+
 class PromptLoader:
     """Yields `PromptBatch`es: for each rollout this rank's prompts, dealt `parts` times.
 
@@ -46,6 +54,8 @@ class PromptLoader:
         shuffle: False keeps the order of the dataset in every epoch.
         fingerprint: of the prompts; a saved position is only taken up with the same one.
         allow_changed_data: takes up a saved position in spite of another dataset, seed or size.
+        spares: how many prompts come along that may stand in for each; drawn at random from the others, they
+            do not change the order.
 
     Raises:
         ConfigError: `prompts_per_rollout` cannot be dealt to `world_size` ranks.
@@ -64,6 +74,7 @@ class PromptLoader:
         shuffle: bool = True,
         fingerprint: str = "",
         allow_changed_data: bool = False,
+        spares: int = 0,
     ) -> None:
         check_world(prompts_per_rollout, world_size)
         if len(prompts) < prompts_per_rollout:
@@ -79,6 +90,7 @@ class PromptLoader:
         self.rank, self.world_size, self.parts = rank, world_size, parts
         self.seed, self.shuffle = seed, shuffle
         self.fingerprint, self.allow_changed_data = fingerprint, allow_changed_data
+        self.spares = spares
         # The next batch to be dealt.
         self.epoch, self.rollout, self.part = 0, 0, 0
         self._order: tuple[int, list[int]] = (-1, [])
@@ -107,7 +119,23 @@ class PromptLoader:
         batch = collate(self._take(slice(self.rank * share, (self.rank + 1) * share)))
         batch.rollout_index = self.epoch * self.rollouts_per_epoch + self.rollout
         batch.part, batch.parts = self.part, self.parts
+        if self.spares and self.part == 0:
+            batch.spares = self._spares(batch.rollout_index, share)
         return batch
+
+    def _spares(self, rollout_index: int, share: int) -> list[PromptBatch]:
+        """Returns this rank's stand-ins, `share` in each batch: a function of seed and rollout."""
+        start = self.rollout * self.prompts_per_rollout
+        dealt = set(self._order[1][start : start + self.prompts_per_rollout])
+        others = [i for i in permutation(self.n, self.seed, -1, rollout_index) if i not in dealt]
+        blocks = [
+            others[k : k + self.prompts_per_rollout] for k in range(0, len(others), self.prompts_per_rollout)
+        ]
+        mine = slice(self.rank * share, (self.rank + 1) * share)
+        found = [collate([self.prompts[i] for i in block[mine]]) for block in blocks[: self.spares]]
+        for spare in found:
+            spare.rollout_index = rollout_index
+        return [spare for spare in found if len(spare) == share]
 
     def _take(self, mine: slice) -> list[EncodedPrompt]:
         """Returns this rank's prompts of the current rollout."""

@@ -39,6 +39,22 @@ class Scores:
     extra: dict[str, list[Any]]
     """[S] values that functions gave to `log_extra`, by column"""
 
+    @classmethod
+    def join(cls, parts: "list[Scores]") -> "Scores":
+        """Returns the scores of several calls as of one; metrics weigh every call the same."""
+        logged = {
+            name: [p.metrics[name] for p in parts if name in p.metrics] for p in parts for name in p.metrics
+        }
+        columns = dict.fromkeys(name for p in parts for name in p.extra)
+        return cls(
+            parts[0].names,
+            [row for p in parts for row in p.values],
+            parts[0].weights,
+            [total for p in parts for total in p.totals],
+            {name: math.fsum(values) / len(values) for name, values in logged.items()},
+            {c: [v for p in parts for v in p.extra.get(c, [None] * len(p.values))] for c in columns},
+        )
+
 
 class Rewards:
     """The K reward functions of a run.

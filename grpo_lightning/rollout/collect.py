@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from time import perf_counter
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,8 +15,10 @@ from grpo_lightning.errors import EngineError
 from grpo_lightning.metrics import all_sum, length_stats, reward_stats
 from grpo_lightning.rewards.suite import Rewards, Scores
 from grpo_lightning.rollout.engine import Request, RolloutEngine, describe, sample_seeds
+from grpo_lightning.rollout.groups import Place, fill
+from grpo_lightning.rollout.session import open_session
 from grpo_lightning.samples import Completion, PromptBatch, SamplingParams
-from grpo_lightning.stats import Stat, mean_of
+from grpo_lightning.stats import Stat, extreme, mean_of
 
 Phase = Callable[[str], AbstractContextManager[Any]]
 
@@ -36,6 +38,15 @@ class Rollout:
     rewards: adv.RewardTable
 
 
+class Done(NamedTuple):
+    """P requests and what came of them; texts and scores of all S completions in order."""
+
+    requests: list[Request]
+    completions: list[list[Completion]]
+    texts: list[str]
+    scores: Scores
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Collector:
     """How rollouts are made; holds settings, no state.
@@ -50,6 +61,8 @@ class Collector:
         advantage: a row of `ADVANTAGES`.
         advantage_clip: lowest and highest advantage.
         mask_truncated: completions cut at `max_tokens` do not train.
+        by_group: rewards are called group by group, beside decoding; groups without signal make way for the
+            prompts' spares.
         phase: context manager around each phase, for profilers.
     """
 
@@ -62,6 +75,7 @@ class Collector:
     advantage: str = "group_norm"
     advantage_clip: tuple[float | None, float | None] | None = None
     mask_truncated: bool = False
+    by_group: bool = False
     phase: Phase = lambda name: nullcontext()
 
     def collect(self, prompts: PromptBatch, policy_version: int, trainer_state: Any) -> Rollout:
@@ -76,39 +90,26 @@ class Collector:
                 f"{describe(self.engine)} serves policy version {self.engine.policy_version}, "
                 f"but version {policy_version} is being trained"
             )
-        requests = [
-            Request(
-                prompt_ids=ids,
-                uid=uid,
-                rollout_index=prompts.rollout_index,
-                seeds=sample_seeds(self.seed, prompts.rollout_index, uid, self.num_generations),
-            )
-            for ids, uid in zip(prompts.prompt_ids, prompts.uids, strict=True)
-        ]
         seconds: dict[str, float] = {}
-        with self._timed("generate", seconds):
-            completions = self.engine.generate(requests, self.sampling) if requests else []
+        replaced = 0
+        if self.by_group and len(prompts):
+            prompts, done, replaced = self._group_by_group(prompts, trainer_state, seconds)
+        else:
+            done = self._all_at_once(prompts, trainer_state, seconds)
+        requests, completions, texts, scores = done
         if [len(c) for c in completions] != [len(r.seeds) for r in requests]:
             raise EngineError(f"{describe(self.engine)} returned {[len(c) for c in completions]} completions")
-        with self._timed("reward", seconds):
-            texts, scores = self._score(prompts, completions, trainer_state)
-        group_ids = torch.arange(len(requests)).repeat_interleave(self.num_generations)
-        by_function = torch.tensor(scores.values, dtype=torch.float64).reshape(len(texts), len(scores.names))
-        rewards = adv.RewardTable(
-            by_function=by_function,
-            weights=torch.tensor(scores.weights, dtype=torch.float64),
-            group_ids=group_ids,
-            num_groups=len(requests),
-            lengths=torch.tensor([len(c.token_ids) for group in completions for c in group]),
-            all_sum=all_sum,
-        )
+        rewards = self._rewards(scores, completions, len(requests))
         advantages = adv.compute_advantages(self.advantage, rewards, clip=self.advantage_clip)
         batch = self._packed(prompts, completions, rewards, advantages, policy_version)
         stats = {
             **length_stats(completions, self.num_generations * sum(map(len, prompts.prompt_ids))),
-            **reward_stats(scores.names, by_function, rewards.total, group_ids, len(requests)),
+            **reward_stats(
+                scores.names, rewards.by_function, rewards.total, rewards.group_ids, len(requests)
+            ),
             **{name: mean_of([value]) for name, value in scores.metrics.items()},
             **{f"time/{name}": mean_of([s]) for name, s in seconds.items()},
+            **({"rollout/replaced_groups": extreme("sum", float(replaced))} if self.by_group else {}),
         }
         return Rollout(
             batch=batch,
@@ -157,15 +158,73 @@ class Collector:
             yield
         seconds[name] = perf_counter() - started
 
+    def _request(self, prompts: PromptBatch, i: int) -> Request:
+        uid, rollout_index = prompts.uids[i], prompts.rollout_index
+        return Request(
+            prompt_ids=prompts.prompt_ids[i],
+            uid=uid,
+            rollout_index=rollout_index,
+            seeds=sample_seeds(self.seed, rollout_index, uid, self.num_generations),
+        )
+
+    def _all_at_once(self, prompts: PromptBatch, trainer_state: Any, seconds: dict[str, float]) -> Done:
+        requests = [self._request(prompts, i) for i in range(len(prompts))]
+        with self._timed("generate", seconds):
+            completions = self.engine.generate(requests, self.sampling) if requests else []
+        with self._timed("reward", seconds):
+            flat = [c for group in completions for c in group]
+            texts, scores = self._score(prompts, flat, trainer_state)
+        return Done(requests, completions, texts, scores)
+
+    def _group_by_group(
+        self, prompts: PromptBatch, trainer_state: Any, seconds: dict[str, float]
+    ) -> tuple[PromptBatch, Done, int]:
+        """Returns the prompts taken, what came of them, and how many groups were replaced on the way."""
+        places = [Place([b.take(i) for b in (prompts, *prompts.spares)]) for i in range(len(prompts))]
+
+        def silent(place: Place) -> bool:
+            assert place.scores is not None
+            table = self._rewards(place.scores, [place.completions], 1, all_ranks=False)
+            return bool(table.silent_groups(self.advantage))
+
+        with self._timed("generate", seconds):
+            replaced = fill(
+                places,
+                open_session(self.engine, self.sampling),
+                ask=lambda prompt: self._request(prompt, 0),
+                score=lambda prompt, group: self._score(prompt, group, trainer_state),
+                silent=silent,
+            )
+        done = Done(
+            [p.request for p in places if p.request is not None],
+            [p.completions for p in places],
+            [text for p in places for text in p.texts],
+            Scores.join([p.scores for p in places if p.scores is not None]),
+        )
+        return PromptBatch.join([p.prompt for p in places]), done, replaced
+
+    def _rewards(
+        self, scores: Scores, completions: list[list[Completion]], num_groups: int, all_ranks: bool = True
+    ) -> adv.RewardTable:
+        by_function = torch.tensor(scores.values, dtype=torch.float64)
+        options: dict[str, Any] = {"all_sum": all_sum} if all_ranks else {}
+        return adv.RewardTable(
+            by_function=by_function.reshape(len(scores.values), len(scores.names)),
+            weights=torch.tensor(scores.weights, dtype=torch.float64),
+            group_ids=torch.arange(num_groups).repeat_interleave(self.num_generations),
+            num_groups=num_groups,
+            lengths=torch.tensor([len(c.token_ids) for group in completions for c in group]),
+            **options,
+        )
+
     def _score(
-        self, prompts: PromptBatch, completions: Sequence[Sequence[Completion]], trainer_state: Any
+        self, prompts: PromptBatch, completions: Sequence[Completion], trainer_state: Any
     ) -> tuple[list[str], Scores]:
-        flat = [c for group in completions for c in group]
-        texts: list[str] = [self.tokenizer.decode(c.token_ids, skip_special_tokens=True) for c in flat]
+        texts: list[str] = [self.tokenizer.decode(c.token_ids, skip_special_tokens=True) for c in completions]
         scores = self.rewards.score(
             prompts=repeat(prompts.prompts, self.num_generations),
             completions=texts,
-            completion_ids=[c.token_ids for c in flat],
+            completion_ids=[c.token_ids for c in completions],
             columns={k: repeat(v, self.num_generations) for k, v in prompts.columns.items()},
             trainer_state=trainer_state,
         )

@@ -45,6 +45,16 @@ def process_kept() -> Iterator[None]:
         restore_random_state(states)
 
 
+@contextmanager
+def random_kept() -> Iterator[None]:
+    """Restores afterwards the random states alone; cheap enough for every step of decoding."""
+    state = random_state()
+    try:
+        yield
+    finally:
+        restore_random_state(state)
+
+
 def random_state() -> dict[str, Any]:
     """Returns the states of python, numpy, torch and every CUDA device of this process."""
     state: dict[str, Any] = np.random.get_state(legacy=False)  # pyright: ignore[reportAssignmentType]

@@ -3,6 +3,7 @@
 import gc
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from time import perf_counter
 from typing import Any, Literal
 
@@ -12,7 +13,8 @@ from lightning.pytorch.utilities import rank_zero_info
 from grpo_lightning.errors import ConfigError, EngineError, choices
 from grpo_lightning.policy import Policy
 from grpo_lightning.rollout.engine import EngineContext, Request
-from grpo_lightning.rollout.process_guard import process_kept
+from grpo_lightning.rollout.process_guard import process_kept, random_kept
+from grpo_lightning.rollout.session import Session
 from grpo_lightning.rollout.vllm_compat import (
     check_version,
     fused_modules,
@@ -24,6 +26,7 @@ from grpo_lightning.rollout.vllm_compat import (
     shut_down,
 )
 from grpo_lightning.rollout.vllm_options import engine_arguments, request_parameters
+from grpo_lightning.rollout.vllm_session import VLLMSession
 from grpo_lightning.rollout.weights import KINDS, adapter_of, all_weights, choose_kind, merged_weights
 from grpo_lightning.samples import Completion, SamplingParams
 
@@ -163,18 +166,21 @@ class VLLMEngine:
         Raises:
             EngineError: the engine refuses a prompt, which is named, or has died.
         """
+        session = self.session(sampling)
+        session.add(requests)
+        done: dict[int, list[Completion]] = {}
+        while session.busy:
+            done.update((id(request), completions) for request, completions in session.step())
+        return [done[id(r)] for r in requests]
+
+    def session(self, sampling: SamplingParams) -> Session:
+        """Returns the decoding of one rollout, group by group; raises as `generate` does."""
         llm = self._awake()
         if self.policy_version < 0:
             raise EngineError("VLLMEngine has no policy yet: call sync(policy, version) before generate")
-        for r in requests:
-            self._check(r, sampling)
-        prompts = [{"prompt_token_ids": r.prompt_ids} for r in requests for _ in r.seeds]
-        parameters = request_parameters(sampling, [s for r in requests for s in r.seeds], self._stop_ids)
         adapter = lora_request(self.policy_version) if self.sync_kind == "adapter" else None
-        with process_kept(), _named("generate"):
-            outputs = llm.generate(prompts, parameters, use_tqdm=False, lora_request=adapter)
-        done = (_completion(o.outputs[0]) for o in outputs)
-        return [[next(done) for _ in r.seeds] for r in requests]
+        parameters = partial(request_parameters, sampling, stop_ids=self._stop_ids)
+        return VLLMSession(llm, parameters, adapter, partial(self._check, sampling=sampling), _decoding)
 
     def _check(self, request: Request, sampling: SamplingParams) -> None:
         """Raises EngineError for a prompt that vLLM would refuse without saying which."""
@@ -228,11 +234,10 @@ class VLLMEngine:
             torch.cuda.empty_cache()
 
 
-def _completion(output: Any) -> Completion:
-    reason = "length" if output.finish_reason == "length" else "stop"
-    return Completion(
-        token_ids=list(output.token_ids), logprobs=list(output.logprobs.logprobs), finish_reason=reason
-    )
+@contextmanager
+def _decoding(action: str) -> Iterator[None]:
+    with random_kept(), _named(action):
+        yield
 
 
 @contextmanager

@@ -127,7 +127,7 @@ def _kv_bytes(engine: "VLLMEngine", config: Any, longest: int) -> int:
     return min(blocks * CPU_BLOCK * per_token, 4 << 30)
 
 
-def request_parameters(sampling: SamplingParams, seeds: Sequence[int], stop_ids: list[int]) -> list[Any]:
+def request_parameters(sampling: SamplingParams, seeds: Sequence[int], *, stop_ids: list[int]) -> list[Any]:
     """Returns vLLM's sampling parameters, one per completion: its own seed and nothing shared."""
     vllm = import_vllm()
     theirs = vllm.sampling_params

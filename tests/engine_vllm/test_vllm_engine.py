@@ -249,9 +249,34 @@ def test_a_dead_engine_is_an_engine_error(served, monkeypatch):
     def die(*args, **kwargs):
         raise RuntimeError("EngineCore encountered an issue")
 
-    monkeypatch.setattr(engine._llm, "generate", die)
+    monkeypatch.setattr(engine._llm.llm_engine, "step", die)
     with pytest.raises(EngineError, match=r"could not generate: RuntimeError: EngineCore.*--ckpt_path last"):
         engine.generate(ask(), SamplingParams(max_tokens=2))
+    monkeypatch.undo()
+
+
+def test_groups_come_as_they_end_and_others_may_join(served):
+    policy, engine = served
+    sampling = SamplingParams(max_tokens=20)
+    first, later = ask(4), ask(4, rollout=1)
+    session = engine.session(sampling)
+    session.add(first)
+    ended, joined = [], False
+    while session.busy:
+        ended += session.step()
+        if not joined:
+            session.add(later)
+            joined = True
+    assert {id(r) for r, _ in ended} == {id(r) for r in (*first, *later)}
+    alone = {id(r): group for r, group in zip(first, engine.generate(first, sampling), strict=True)}
+    for request, completions in ended:
+        if id(request) in alone:
+            assert [c.token_ids for c in completions] == [c.token_ids for c in alone[id(request)]]
+    session = engine.session(sampling)
+    session.add(first)
+    session.abort()
+    assert not session.busy
+    engine.sync(policy, 0)  # needs an engine in which nothing runs
 
 
 def process():

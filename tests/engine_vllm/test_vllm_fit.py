@@ -111,7 +111,7 @@ def test_an_engine_that_dies_leaves_the_last_checkpoint(folder, tmp_path, monkey
             def die(*args, **kwargs):
                 raise RuntimeError("the GPU fell off the bus")
 
-            monkeypatch.setattr(self._llm, "generate", die)
+            monkeypatch.setattr(self._llm.llm_engine, "step", die)
         return stock(self, *args)
 
     monkeypatch.setattr(VLLMEngine, "generate", generate)

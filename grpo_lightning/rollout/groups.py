@@ -1,0 +1,91 @@
+"""Group by group: rewards beside decoding, and another prompt in the place of a group without signal.
+
+A place holds the first of its candidates whose rewards differ, else the last. Candidates are a function of
+seed and rollout, so a rollout does not depend on which group happens to end first.
+"""
+
+from collections.abc import Callable
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass, field
+
+from grpo_lightning.rewards.suite import Scores
+from grpo_lightning.rollout.engine import Request
+from grpo_lightning.rollout.session import Session
+from grpo_lightning.samples import Completion, PromptBatch
+
+Score = Callable[[PromptBatch, list[Completion]], tuple[list[str], Scores]]
+
+
+@dataclass(slots=True)
+class Place:
+    """One of the P groups of a rollout."""
+
+    candidates: list[PromptBatch]
+    """one prompt each, in the order in which they are tried"""
+    tried: int = 0
+    request: Request | None = None
+    completions: list[Completion] = field(default_factory=list[Completion])
+    texts: list[str] = field(default_factory=list[str])
+    scores: Scores | None = None
+
+    @property
+    def prompt(self) -> PromptBatch:
+        """The candidate that is being tried, or was taken."""
+        return self.candidates[self.tried]
+
+    @property
+    def has_another(self) -> bool:
+        """Whether a further candidate is left."""
+        return self.tried + 1 < len(self.candidates)
+
+
+def fill(
+    places: list[Place],
+    session: Session,
+    ask: Callable[[PromptBatch], Request],
+    score: Score,
+    silent: Callable[[Place], bool],
+) -> int:
+    """Fills every place; returns how many groups without signal were replaced.
+
+    Args:
+        places: with their candidates.
+        session: decodes.
+        ask: makes the request of a prompt.
+        score: texts and rewards of a group; runs beside decoding, one group at a time.
+        silent: whether a scored group says nothing about its members.
+    """
+    of_request: dict[int, Place] = {}
+    waiting: dict[Future[tuple[list[str], Scores]], Place] = {}
+    replaced = 0
+
+    def request(asked: list[Place]) -> None:
+        for place in asked:
+            place.request = ask(place.prompt)
+            of_request[id(place.request)] = place
+        session.add([p.request for p in asked if p.request is not None])
+
+    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="rewards") as pool:
+        try:
+            request(places)
+            while session.busy or waiting:
+                for asked, completions in session.step() if session.busy else ():
+                    place = of_request.pop(id(asked))
+                    place.completions = completions
+                    waiting[pool.submit(score, place.prompt, completions)] = place
+                done, _ = wait(waiting, 0 if session.busy else None, FIRST_COMPLETED)
+                again: list[Place] = []
+                for future in done:
+                    place = waiting.pop(future)
+                    place.texts, place.scores = future.result()
+                    if place.has_another and silent(place):
+                        place.tried += 1
+                        again.append(place)
+                replaced += len(again)
+                if again:
+                    request(again)
+        except BaseException:
+            session.abort()
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+    return replaced
