@@ -167,10 +167,14 @@ class VLLMEngine:
             EngineError: the engine refuses a prompt, which is named, or has died.
         """
         session = self.session(sampling)
-        session.add(requests)
         done: dict[int, list[Completion]] = {}
-        while session.busy:
-            done.update((id(request), completions) for request, completions in session.step())
+        try:
+            session.add(requests)
+            while session.busy:
+                done.update((id(request), completions) for request, completions in session.step())
+        except BaseException:
+            session.abort()
+            raise
         return [done[id(r)] for r in requests]
 
     def session(self, sampling: SamplingParams) -> Session:

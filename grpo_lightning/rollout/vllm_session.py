@@ -1,7 +1,7 @@
 """vLLM's decoding as a session: its engine steps here, so groups come as they end and others may join."""
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from typing import Any
 
 from grpo_lightning.rollout.engine import Request
@@ -71,7 +71,7 @@ class VLLMSession:
     def abort(self) -> None:
         """Takes what has not ended out of the engine, which could not be synchronised otherwise."""
         names, self._places = list(self._places), {}
-        if names:
+        with suppress(Exception):  # of an engine that is dead; what killed it is on its way to the user
             self._engine.abort_request(names)
 
 

@@ -8,6 +8,7 @@ from fits import data, module, rollout, rows_of, same_bits, trainer, weights
 from lightning.pytorch.callbacks import ModelCheckpoint
 from models import save_tiny
 
+from grpo_lightning import PromptDataModule
 from grpo_lightning.callbacks import ValidationConfig
 from grpo_lightning.errors import EngineError
 from grpo_lightning.rollout import VLLMEngine
@@ -124,3 +125,27 @@ def test_an_engine_that_dies_leaves_the_last_checkpoint(folder, tmp_path, monkey
     t = trainer(tmp_path / "again", rollout(engine=engine(sync="adapter")), max_steps=3)
     t.fit(again, data(), ckpt_path=str(tmp_path / "step=2.ckpt"))
     assert t.global_step == 3
+
+
+def test_groups_without_signal_are_replaced_while_others_decode(folder, tmp_path):
+    def picky(prompts, completions, **_):
+        number = [int(p.rsplit(" ", 1)[1].split("\n")[0]) for p in prompts]
+        return [len(c) if n % 2 == 0 else 1.0 for n, c in zip(number, completions, strict=True)]
+
+    def run(root, ckpt_path=None):
+        saver = ModelCheckpoint(root, filename="{step}", every_n_train_steps=1, save_top_k=-1)
+        callback = rollout(
+            engine=engine(sync="adapter", max_num_seqs=4), reward_funcs=[picky], dynamic_sampling=4
+        )
+        m = module(folder)
+        rows = [{"prompt": f"say {i}"} for i in range(40)]
+        t = trainer(root, callback, saver, max_steps=3)
+        t.fit(m, PromptDataModule(rows, prompts_per_rollout=4, seed=5), ckpt_path=ckpt_path)
+        return weights(m)
+
+    whole = run(tmp_path / "whole")
+    rows = [r for r in rows_of(tmp_path / "whole") if r["reward"]]
+    assert sum(float(r["rollout/replaced_groups"]) for r in rows) >= 3
+    assert worst(rows, "frac_reward_zero_std") <= 0.25
+    assert worst(rows, "sampling/parity_mean") < 1e-4
+    assert same_bits(run(tmp_path / "again", str(tmp_path / "whole" / "step=1.ckpt")), whole)
