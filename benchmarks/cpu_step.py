@@ -34,7 +34,7 @@ def ours(job: dict, folder: Path, *flags: str) -> dict:
     folder.mkdir()
     began = time.perf_counter()
     command = [
-        *(sys.executable, "-m", "grpo_lightning", "fit", "--config", "configs/quickstart.yaml"),
+        *(sys.executable, "-m", "grpo_lightning", "fit", "--config", job["config"]),
         *("--trainer.max_steps", str(job["steps"]), "--rollout.validation.before_training", "false"),
         *("--data.validation_split", "null", "--trainer.enable_progress_bar", "false"),
         *flags,
@@ -93,6 +93,7 @@ def main() -> None:
     config = load_config("configs/quickstart.yaml")
     rollout, data = config["rollout"], config["data"]
     job = {
+        "config": "configs/quickstart.yaml",
         "steps": args.steps,
         "model": resolve_model(config["model"]["model_name"]),
         "rows": sums(**data["dataset_kwargs"]),

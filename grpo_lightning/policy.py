@@ -94,6 +94,14 @@ class Policy(nn.Module):
             )
 
     @property
+    def drops_out(self) -> bool:
+        """Whether a training forward is random: dropout is on somewhere."""
+        rates = (
+            getattr(m, "attention_dropout", m.p if isinstance(m, nn.Dropout) else 0) for m in self.modules()
+        )
+        return any(isinstance(rate, float) and rate > 0 for rate in rates)
+
+    @property
     def is_lora(self) -> bool:
         """Whether an adapter is trained and the base is frozen."""
         return hasattr(self.model, "peft_config")

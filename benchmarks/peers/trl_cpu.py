@@ -1,4 +1,4 @@
-"""TRL's side of cpu_step.py, in an environment of its own: seconds and rewards of every step."""
+"""TRL's side of cpu_step.py and bench_learning.py: seconds and rewards of every step."""
 
 import json
 import sys
@@ -29,28 +29,28 @@ def main(job_file: str) -> None:
         def on_step_end(self, args, state, control, **kwargs):
             seconds.append(time.perf_counter() - self.began)
 
-    config = GRPOConfig(
-        output_dir=job["out"] + ".trl",
-        max_steps=job["steps"],
-        per_device_train_batch_size=job["prompts"] * job["group"],
-        num_generations=job["group"],
-        max_completion_length=job["max_tokens"],
-        temperature=1.0,
-        learning_rate=job["lr"],
-        lr_scheduler_type="constant",
-        weight_decay=0.0,
-        max_grad_norm=1.0,
-        loss_type="dapo",
-        epsilon_high=0.28,
-        reward_weights=job["weights"],
-        gradient_checkpointing=False,
-        use_cpu=True,
-        bf16=False,
-        logging_steps=1,
-        save_strategy="no",
-        report_to="none",
-        seed=42,
-    )
+    options = {
+        "output_dir": job["out"] + ".trl",
+        "max_steps": job["steps"],
+        "per_device_train_batch_size": job["prompts"] * job["group"],
+        "num_generations": job["group"],
+        "max_completion_length": job["max_tokens"],
+        "temperature": 1.0,
+        "learning_rate": job["lr"],
+        "lr_scheduler_type": "constant",
+        "weight_decay": 0.0,
+        "max_grad_norm": 1.0,
+        "loss_type": "dapo",
+        "epsilon_high": 0.28,
+        "reward_weights": job["weights"],
+        "gradient_checkpointing": False,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "seed": 42,
+    }
+    config = GRPOConfig(**options, **job.get("trl", {"use_cpu": True, "bf16": False}))
+    began = time.perf_counter()
     trainer = GRPOTrainer(
         model=job["model"],
         reward_funcs=[math_answer, FormatReward(job["pattern"])],
@@ -63,6 +63,7 @@ def main(job_file: str) -> None:
     history = [h for h in trainer.state.log_history if "reward" in h]
     result = {
         "seconds": seconds,
+        "wall": time.perf_counter() - began,
         "reward": [h["reward"] for h in history],
         "correct": [h["rewards/math_answer/mean"] for h in history],
         "versions": {m.__name__: m.__version__ for m in (trl, transformers, torch)},

@@ -128,12 +128,13 @@ def check_parity(module: Any, engine: RolloutEngine, allowed: float | None) -> N
     """Raises EngineError if the engine is further from the trainer's policy than rounding explains.
 
     Args:
-        module: what the latest optimizer step's loss has logged is in its `window_metrics`.
+        module: what the latest optimizer step's loss has logged is in its `window_metrics`; not judged with
+            dropout, which only training has.
         engine: not judged if it says that its numbers need not be the policy's (`exact`).
         allowed: mean over sampled tokens, in nats; None takes what is usual for the model's type.
     """
     distance = getattr(module, "window_metrics", {}).get("sampling/parity_mean")
-    if distance is None or not getattr(engine, "exact", True):
+    if distance is None or not getattr(engine, "exact", True) or module.policy.drops_out:
         return
     if allowed is None:
         allowed = 0.02 if module.policy.compute_dtype in (torch.float32, torch.float64) else 0.2

@@ -1,0 +1,212 @@
+"""vLLM beside the trainer: start, sync by kind, decoding, parity before and after 50 syncs, memory by phase.
+
+One process per kind, since an engine leaves its mark on the allocator. The row «all weights, merged and
+unmerged» is the way of trainers that merge into their own model, load everything and unmerge; the loop is
+re-typed here, the loading is vLLM's.
+
+    python benchmarks/bench_rollout.py --shape 0.5B --out $OUT
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from measure import parser, save, setting, table
+from workloads import LINEAR, SHAPES
+
+from grpo_lightning.batch import RolloutBatch
+from grpo_lightning.loading import load_policy
+from grpo_lightning.lora import lora_config
+from grpo_lightning.policy import Policy
+from grpo_lightning.rollout import EngineContext, Request, VLLMEngine
+from grpo_lightning.rollout.engine import sample_seeds
+from grpo_lightning.rollout.vllm_compat import put_weights
+from grpo_lightning.rollout.weights import all_weights
+from grpo_lightning.samples import SamplingParams
+
+ROWS = ("adapter", "merge", "full", "all weights, merged and unmerged")
+
+
+class Merging(VLLMEngine):
+    """Merges into the trainer's own weights, sends all of them, and unmerges."""
+
+    def sync(self, policy: Policy, version: int) -> None:
+        policy.model.merge_adapter()  # pyright: ignore
+        pairs = (
+            (name.replace(".base_layer", ""), w)
+            for name, w in all_weights(policy, self._dtype)
+            if ".lora_" not in name
+        )
+        self._awake().collective_rpc(put_weights, args=(pairs,))
+        policy.model.unmerge_adapter()  # pyright: ignore
+        self._llm.reset_prefix_cache()
+        self.policy_version = version
+
+
+def save_model(shape: str, folder: Path) -> None:
+    """Writes a random Qwen2 of `shape`."""
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    sizes = {**SHAPES[shape], "max_position_embeddings": 4096, "tie_word_embeddings": True}
+    if shape == "tiny":  # vLLM's CPU attention takes heads of 32 and more
+        sizes |= {"hidden_size": 128, "num_attention_heads": 4}
+    torch.manual_seed(0)
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+        model = Qwen2ForCausalLM(Qwen2Config(**sizes, eos_token_id=1, pad_token_id=0)).bfloat16()
+    model.save_pretrained(folder)
+
+
+def move(policy: Policy, seed: int) -> None:
+    """Changes what trains as a step would."""
+    generator = torch.Generator(policy.causal.device).manual_seed(seed)
+    with torch.no_grad():
+        for p in policy.trainable().values():
+            p.add_(torch.randn(p.shape, generator=generator, device=p.device) * 0.01)
+
+
+def parity(policy: Policy, requests: list[Request], out: list[list[Any]]) -> tuple[float, float]:
+    """Returns mean and largest |trainer - engine| on the sampled tokens of a few prompts, in nats."""
+    few = min(4, len(requests))
+    flat = [c for group in out[:few] for c in group]
+    batch = RolloutBatch.pack(
+        prompt_ids=[r.prompt_ids for r in requests[:few]],
+        completions=flat,
+        group_ids=[i for i, group in enumerate(out[:few]) for _ in group],
+        advantages=torch.zeros(len(flat)),
+        max_tokens=4096,
+    ).to(policy.causal.device)
+    with torch.no_grad():
+        gap = (policy.logprobs(batch).logprobs - batch.sampler_logprobs).abs()
+    return float(gap.mean()), float(gap.max())
+
+
+def gib() -> float:
+    """Returns the GPU memory in use, by whomever."""
+    if not torch.cuda.is_available():
+        return 0.0
+    free, total = torch.cuda.mem_get_info()
+    return (total - free) / 2**30
+
+
+def one(kind: str, folder: str, small: bool, repeats: int) -> dict[str, Any]:
+    """Returns the row of `kind`."""
+    cuda = torch.cuda.is_available()
+    lora = None if kind == "full" else lora_config({"r": 16, "lora_alpha": 32, "target_modules": LINEAR})
+    settings = {"dtype": torch.bfloat16, "attn_implementation": "sdpa"}
+    tokenizer = SimpleNamespace(eos_token_id=1, pad_token_id=0)
+    policy = load_policy(folder, tokenizer, lora=lora, model_kwargs=settings, gradient_checkpointing=False)
+    policy = policy.to("cuda" if cuda else "cpu")
+    memory = {"trainer": gib()}
+    prompts, group, length = (4, 2, 8) if small else (64, 8, 256)
+    engine = (Merging if kind == ROWS[3] else VLLMEngine)(
+        sync="merge" if kind == ROWS[3] else kind, max_num_seqs=16 if small else 512
+    )
+    sampling = SamplingParams(max_tokens=length, extra={"min_tokens": length})
+    began = time.perf_counter()
+    engine.start(
+        EngineContext(policy=policy, model_path=folder, max_model_len=32 + length, sampling=sampling)
+    )
+    row: dict[str, Any] = {"start_s": time.perf_counter() - began}
+    memory["awake"] = gib()
+    draw = torch.Generator().manual_seed(1)
+    ids = torch.randint(3, policy.causal.config.vocab_size, (prompts, 24), generator=draw).tolist()
+
+    def generate(version: int) -> tuple[list[Request], list[list[Any]], float]:
+        requests = [
+            Request(prompt_ids=p, seeds=sample_seeds(0, version, i, group), uid=i) for i, p in enumerate(ids)
+        ]
+        began = time.perf_counter()
+        out = engine.generate(requests, sampling)
+        return requests, out, sum(len(c.token_ids) for g in out for c in g) / (time.perf_counter() - began)
+
+    def timed_sync(version: int) -> float:
+        move(policy, version)
+        if cuda:
+            torch.cuda.synchronize()
+        began = time.perf_counter()
+        engine.sync(policy, version)
+        if cuda:
+            torch.cuda.synchronize()
+        return 1e3 * (time.perf_counter() - began)
+
+    row["first_sync_ms"] = timed_sync(0)
+    generate(0)
+    requests, out, rate = generate(0)
+    row["parity_before"] = parity(policy, requests, out)
+    rates = [rate]
+    syncs = [timed_sync(v) for v in range(1, 51)]
+    for _ in range(repeats):
+        requests, out, rate = generate(50)
+        rates.append(rate)
+    row |= {
+        "sync_ms": statistics.median(syncs),
+        "syncs_ms": syncs,
+        "tokens_per_s": max(rates),
+        "rates": rates,
+    }
+    row["parity_after"] = parity(policy, requests, out)
+    engine.sleep()
+    memory["asleep"] = gib()
+    began = time.perf_counter()
+    generate(50)
+    row["wake_and_generate_s"] = time.perf_counter() - began
+    engine.close()
+    memory["closed"] = gib()
+    return row | {"memory_gib": memory, "sleep": engine.sleep_mode}
+
+
+def main() -> None:
+    """Measures every kind in a process of its own and writes the result."""
+    options = parser(__doc__, repeats=3)
+    options.add_argument("--shape", default="0.5B", choices=list(SHAPES))
+    options.add_argument("--kinds", nargs="+", default=list(ROWS))
+    options.add_argument("--one", default=None, help=argparse.SUPPRESS)
+    options.add_argument("--folder", default=None, help=argparse.SUPPRESS)
+    args = options.parse_args()
+    if args.one:
+        print(json.dumps(one(args.one, args.folder, args.small, args.repeats)))
+        return
+    device = torch.device("cpu" if args.small else "cuda")
+    shape = "tiny" if args.small else args.shape
+    rows: dict[str, dict[str, Any]] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        save_model(shape, Path(folder))
+        for kind in args.kinds:
+            command = [sys.executable, __file__, "--one", kind, "--folder", folder]
+            command += ["--repeats", str(args.repeats)] + (["--small"] if args.small else [])
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            lines = [line for line in done.stdout.splitlines() if line.startswith('{"start_s"')]
+            rows[kind] = json.loads(lines[-1]) if lines else {"failed": done.stderr.strip()[-300:]}
+            result = {"setting": setting(device), "shape": shape, "rows": rows}
+            if not args.small:
+                save(f"rollout-{shape}", result, args.out)
+    cells = [
+        [name, "failed", r["failed"][-80:], *[""] * 6]
+        if "failed" in r
+        else [
+            name,
+            f"{r['start_s']:.1f}",
+            f"{r['first_sync_ms']:.0f}",
+            f"{r['sync_ms']:.1f}",
+            f"{r['tokens_per_s']:.0f}",
+            "{:.4f} / {:.3f}".format(*r["parity_before"]),
+            "{:.4f} / {:.3f}".format(*r["parity_after"]),
+            " ".join(f"{r['memory_gib'][k]:.1f}" for k in ("trainer", "awake", "asleep", "closed")),
+            f"{r['wake_and_generate_s']:.2f}",
+        ]
+        for name, r in rows.items()
+    ]
+    header = ("sync", "start s", "first ms", "ms", "tok/s", "parity before", "after 50 syncs")
+    print(table((*header, "GiB trainer awake asleep closed", "wake + generate s"), cells))
+
+
+if __name__ == "__main__":
+    main()
