@@ -44,8 +44,8 @@ WHERE: dict[str, str] = {
     "vllm_mode": (
         "rollout.engine.class_path (grpo_lightning.rollout.VLLMEngine for colocate; server is planned)"
     ),
-    "vllm_model_impl": "rollout.engine.init_args.model_impl",
-    "vllm_enable_sleep_mode": "rollout.engine.init_args.sleep (default true)",
+    "vllm_model_impl": "rollout.engine.init_args.engine_kwargs ({model_impl: transformers})",
+    "vllm_enable_sleep_mode": "rollout.engine.init_args.sleep (default auto)",
     "vllm_structured_outputs_regex": "rollout.sampling.regex",
     "vllm_server_base_url": "rollout.engine.init_args.url",
     "vllm_server_host": "rollout.engine.init_args.url (host and port in one)",
@@ -198,7 +198,6 @@ _NO_PLACE = ("not offered", "planned", "derived")
 NOT_YET = (
     "model.router_loss_coef",
     "model.lm_head_fp32",
-    "rollout.engine.init_args.model_impl",
     "rollout.engine.init_args.url",
     "rollout.engine.init_args.timeout_s",
     "rollout.engine.init_args.tensor_parallel_size",

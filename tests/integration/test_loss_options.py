@@ -8,7 +8,7 @@ from fits import data, module, rollout, rows_of, same_bits, trainer, weights
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from grpo_lightning import SamplingParams
-from grpo_lightning.errors import ConfigError
+from grpo_lightning.errors import ConfigError, EngineError
 from grpo_lightning.losses import AdaptiveKL, CorrectionConfig, LossConfig
 from grpo_lightning.reference import ReferenceConfig
 
@@ -140,8 +140,11 @@ def test_without_rescoring_it_would_be_one(model_folder, tmp_path, monkeypatch):
     from grpo_lightning.batch import RolloutBatch
 
     monkeypatch.setattr(RolloutBatch, "rescored", lambda self, log_kept: self)
-    trainer(tmp_path, rollout(sampling=TRUNCATED), max_steps=1).fit(module(model_folder), data())
+    callback = rollout(sampling=TRUNCATED, max_parity=10.0)
+    trainer(tmp_path, callback, max_steps=1).fit(module(model_folder), data())
     assert column(tmp_path, "sampling/importance_sampling_ratio/mean")[0] < 0.9
+    with pytest.raises(EngineError, match="does not sample from the policy that trains"):
+        trainer(tmp_path / "judged", rollout(sampling=TRUNCATED)).fit(module(model_folder), data())
 
 
 def test_a_penalty_switches_the_correction_off_and_says_so(model_folder, tmp_path):
