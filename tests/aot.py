@@ -154,8 +154,8 @@ def main() -> None:
         for with_entropy in {False, q is not None}:
             signature = {**ROWS, "bias_ptr": bias or "*fp32", "q_ptr": q or "*fp32"}
             constants = {"HAS_CAP": cap, "HAS_BIAS": bias is not None, "WANT_Q": q is not None}
-            constants |= {"HAS_E": with_entropy, "BLOCK": 2048}
-            assert build(head_triton._rows, signature, constants)
+            constants |= {"HAS_E": with_entropy, "BLOCK": head_triton.BLOCK}
+            assert build(head_triton._rows, signature, constants, warps=8)
             count += 1
     for dtype in ("*bf16", "*fp16", "*fp32"):
         signature = {"x_ptr": dtype, "g_ptr": "*fp32", "out_ptr": dtype, "stride": "i32", "width": "i32"}

@@ -52,10 +52,12 @@ def _forward(
     out = []
     thin = h.split([m.shape[0] for m in a], 1)
     for part, m, s, weight, bias, y in zip(thin, narrow, scalings, weights, biases, given, strict=True):
-        if y is None:
-            out.append(linear(x, weight, bias).addmm_(part, m.T, alpha=s))
+        into = linear(x, weight, bias) if y is None else y
+        # torch 2.11 compiles a forward that writes in place into one without a gradient, and says nothing.
+        if y is None and not torch.compiler.is_compiling():
+            out.append(into.addmm_(part, m.T, alpha=s))
         else:
-            out.append(torch.addmm(y, part, m.T, alpha=s))
+            out.append(torch.addmm(into, part, m.T, alpha=s))
     return tuple(out), [h, rounded, *narrow, *weights]
 
 
