@@ -21,16 +21,16 @@ from grpo_lightning.packing import Outline
 
 CHOICES = ("auto", "on", "off")
 AUTO = {
-    "head": False,
-    "attention": False,
-    "lora": False,
-    "qkv": False,
-    "swiglu": False,
-    "norm": False,
-    "compile": False,
-    "loss": False,
+    "head": True,
+    "attention": True,
+    "lora": True,
+    "qkv": True,
+    "swiglu": True,
+    "norm": True,
+    "compile": False,  # nothing over the kernels above, for a minute of warm-up
+    "loss": True,
 }
-"""what `auto` takes on CUDA: a kernel is listed True once benchmarks/results shows what it gains"""
+"""what `auto` takes on CUDA: a kernel is True once benchmarks/results shows what it gains"""
 
 TRITON = ("head", "loss")
 """what needs CUDA, or Triton's interpreter"""
