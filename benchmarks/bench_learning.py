@@ -11,15 +11,10 @@ import json
 import statistics
 import tempfile
 from pathlib import Path
-from typing import Any
 
 import torch
-from cpu_step import ours, theirs
+from cpu_step import job_of, ours, theirs
 from measure import save, setting, table
-
-from grpo_lightning.cli import load_config
-from grpo_lightning.data.arithmetic import sums
-from grpo_lightning.models import resolve_model
 
 TRL = {
     "bf16": True,
@@ -39,21 +34,7 @@ def main() -> None:
     parser.add_argument("--flags", nargs="*", default=[], help="further flags of `grpo-lightning fit`")
     parser.add_argument("--out", type=Path, default=None)
     args = parser.parse_args()
-    config = load_config(args.config)
-    rollout, data = config["rollout"], config["data"]
-    job: dict[str, Any] = {
-        "config": str(Path(args.config).resolve()),
-        "steps": args.steps,
-        "model": resolve_model(config["model"]["model_name"]),
-        "rows": sums(**data["dataset_kwargs"]),
-        "prompts": data["prompts_per_rollout"],
-        "group": rollout["num_generations"],
-        "max_tokens": rollout["sampling"]["max_tokens"],
-        "lr": config["model"]["optimizer"]["init_args"]["lr"],
-        "weights": rollout["reward_weights"],
-        "pattern": rollout["reward_funcs"][1]["init_args"]["pattern"],
-        "trl": TRL,
-    }
+    job = job_of(str(Path(args.config).resolve()), args.steps, trl=TRL)
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         sides = {"grpo-lightning": ours(job, folder / "ours", *args.flags)}

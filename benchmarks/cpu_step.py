@@ -20,6 +20,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 from grpo_lightning.cli import load_config
 from grpo_lightning.data.arithmetic import sums
@@ -85,16 +86,13 @@ def row(name: str, r: dict) -> str:
     )
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--trl-python", required=True)
-    parser.add_argument("--steps", type=int, default=24)
-    args = parser.parse_args()
-    config = load_config("configs/quickstart.yaml")
+def job_of(path: str, steps: int, **more: Any) -> dict[str, Any]:
+    """Returns what both sides need to know of a shipped config on sums."""
+    config = load_config(path)
     rollout, data = config["rollout"], config["data"]
-    job = {
-        "config": "configs/quickstart.yaml",
-        "steps": args.steps,
+    return {
+        "config": path,
+        "steps": steps,
         "model": resolve_model(config["model"]["model_name"]),
         "rows": sums(**data["dataset_kwargs"]),
         "prompts": data["prompts_per_rollout"],
@@ -103,7 +101,16 @@ def main() -> None:
         "lr": config["model"]["optimizer"]["init_args"]["lr"],
         "weights": rollout["reward_weights"],
         "pattern": rollout["reward_funcs"][1]["init_args"]["pattern"],
+        **more,
     }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--trl-python", required=True)
+    parser.add_argument("--steps", type=int, default=24)
+    args = parser.parse_args()
+    job = job_of("configs/quickstart.yaml", args.steps)
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         a = ours(job, folder / "hf")

@@ -66,7 +66,7 @@ def wide(b: RolloutBatch) -> RolloutBatch:
     return replace(b, **given)
 
 
-def compare(
+def assert_as_twin(
     config: LossConfig, batch: RolloutBatch, logprobs: Tensor, entropy: Tensor | None, **weights: float
 ) -> ops.LossGrad:
     """Returns what the kernel gives after comparing all of it with the twin in fp64."""

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from losses import REQUIRED, compare, micro_batch
+from losses import REQUIRED, assert_as_twin, micro_batch
 from models import random_rollout, tiny_llama
 from tiny import tiny_tokenizer
 
@@ -136,7 +136,7 @@ def test_loss_against_fp64(name, lengths):
         config = LossConfig(
             name, kl_coef=0.04, entropy_coef=0.01, correction=correction, **REQUIRED.get(name, {})
         )
-        compare(config, **made)
+        assert_as_twin(config, **made)
 
 
 def test_the_loss_compiles_once_for_all_lengths():

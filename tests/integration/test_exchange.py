@@ -67,7 +67,7 @@ def run(made, seed=3):
     return {"logp": logp.detach(), **{n: p.grad.clone() for n, p in made.trainable().items()}}
 
 
-def same(got, want, tolerance=1e-5):
+def assert_same(got, want, tolerance=1e-5):
     assert got.keys() == want.keys()
     for name, x in want.items():
         torch.testing.assert_close(got[name], x, atol=tolerance, rtol=tolerance, msg=lambda m, n=name: n + m)
@@ -87,7 +87,7 @@ def test_everything_on_gives_the_same_gradient(kind, checkpointing):
     assert len(exchanged(fast)) == 2 * (layers["lora"] + 1 + layers["norm"]) + 1
     want = run(policy(kind, (), checkpointing))
     for _ in range(2):
-        same(run(fast), want)
+        assert_same(run(fast), want)
     for m in fast.modules():
         assert getattr(m, "siblings", None) is None or (not m.siblings.apart and m.siblings._x is None)
 
@@ -96,7 +96,7 @@ def test_everything_on_gives_the_same_gradient(kind, checkpointing):
 def test_each_flag_alone(flag):
     fast = policy("Qwen3", [flag])
     assert len(exchanged(fast)) == 2 * LAYERS["Qwen3"][flag] + (flag == "norm")
-    same(run(fast), run(policy("Qwen3")))
+    assert_same(run(fast), run(policy("Qwen3")))
 
 
 def test_the_projections_share_their_products():
@@ -127,7 +127,7 @@ def test_adapters_on_some_projections(targets):
     alone = "q_proj" not in targets
     with pytest.warns(UserWarning, match="none to exchange") if alone else nullcontext():
         fast = policy("Qwen2", BODY, targets=targets)
-    same(run(fast), run(policy("Qwen2", targets=targets)))
+    assert_same(run(fast), run(policy("Qwen2", targets=targets)))
 
 
 def test_pefts_switches():
@@ -146,7 +146,7 @@ def test_pefts_switches():
             torch.testing.assert_close(fast.logprobs(b).logprobs, on, atol=1e-4, rtol=0)
     with torch.inference_mode():
         torch.testing.assert_close(fast.logprobs(b).logprobs, on, atol=1e-5, rtol=0)
-    same(run(fast), run(stock), 1e-4)  # merging has rounded the weights
+    assert_same(run(fast), run(stock), 1e-4)  # merging has rounded the weights
 
 
 def test_generation_is_the_same():
@@ -180,7 +180,7 @@ def test_stock_classes_come_back():
     assert [type(m) for m in fast.modules()] == made
     assert fast.distance_from_plain(random_rollout(seed=2)).max() < 1e-5
     twin = copy.deepcopy(fast)
-    same(run(twin), run(fast))
+    assert_same(run(twin), run(fast))
     fast.prepared.restore()
     assert [type(m) for m in fast.modules()] == loaded
     assert not any("siblings" in vars(m) for m in fast.modules())
@@ -208,7 +208,7 @@ def test_dropout_stays_pefts_and_is_said():
             made = policy("Llama", flags, lora_dropout=0.4)
         torch.manual_seed(7)
         found.append(run(made.train()))
-    same(*found)
+    assert_same(*found)
     texts = [str(w.message) for w in said if "model.kernels" in str(w.message)]
     assert len(texts) == 3
     assert "model.kernels.qkv: 6 of 6 modules run their own forward (dropout)" in texts
@@ -237,7 +237,7 @@ def test_full_weights_train_the_norms_too():
         made.prepare(KernelConfig(**dict.fromkeys(flags, "on")), CPU)
         found.append(run(made))
     assert "model.model.layers.0.self_attn.q_norm.weight" in found[0]
-    same(found[1], found[0], 2e-5)
+    assert_same(found[1], found[0], 2e-5)
 
 
 def test_modules_that_compute_something_else_stay():
@@ -247,7 +247,7 @@ def test_modules_that_compute_something_else_stay():
     texts = [str(w.message) for w in said]
     assert "model.kernels.norm: 5 of 5 modules run their own forward (its forward is another one)" in texts
     assert "model.kernels.swiglu: 2 of 6 modules run their own forward (its forward is another one)" in texts
-    same(run(made), run(policy("Gemma")))
+    assert_same(run(made), run(policy("Gemma")))
 
 
 def test_the_kernels_in_a_model(monkeypatch):
@@ -258,7 +258,7 @@ def test_the_kernels_in_a_model(monkeypatch):
     made = policy("Qwen3", BODY)
     for op in (rms_norm, swiglu):
         monkeypatch.setattr(op, "use_triton", lambda device, backend: True)
-    same(run(made), run(policy("Qwen3")))
+    assert_same(run(made), run(policy("Qwen3")))
 
 
 def test_a_4_bit_base(monkeypatch):
@@ -281,7 +281,7 @@ def test_a_4_bit_base(monkeypatch):
         made.prepare(KernelConfig(**dict.fromkeys(flags, "on")), CPU)
         assert len(exchanged(made)) == (2 * (5 + 1 + 2) + 1 if flags else 0)
         found.append(run(made))
-    same(found[1], found[0], 1e-4)
+    assert_same(found[1], found[0], 1e-4)
 
 
 def attention(flags=("qkv",)):
@@ -362,7 +362,7 @@ def test_compiled_layers_with_everything(monkeypatch):
     monkeypatch.setattr(torch.nn.Module, "compile", lambda m, **k: stock(m, **{**k, "backend": "aot_eager"}))
     want = run(policy("Qwen3"))
     made = policy("Qwen3", (*BODY, "compile"))
-    same(run(made), want)
+    assert_same(run(made), want)
     for seed in range(4, 8):
         run(made, seed)
     assert all("_attention" in reason for reason in counters["graph_break"])  # siblings are seen through
