@@ -79,13 +79,12 @@ def packed_hidden(decoder: Any, batch: RolloutBatch, *, segments: bool = False) 
         batch.position_ids,
         segments=segments,
     )
-    out = decoder(
-        input_ids=batch.input_ids[None],
-        position_ids=batch.position_ids[None],
-        use_cache=False,
-        layout=layout,
-    )
-    return out.last_hidden_state[0, batch.target_rows]
+    ids, positions, targets = batch.input_ids, batch.position_ids, batch.target_rows
+    order = None if layout.shared is None else layout.shared.order
+    if order is not None:
+        ids, positions, targets = ids[order], positions[order], order.argsort()[targets]
+    out = decoder(input_ids=ids[None], position_ids=positions[None], use_cache=False, layout=layout)
+    return out.last_hidden_state[0, targets]
 
 
 def padded_hidden(decoder: Any, batch: RolloutBatch, pad_id: int) -> Tensor:

@@ -16,7 +16,7 @@ from triton.compiler import ASTSource
 
 from grpo_lightning.losses import KL_ESTIMATORS, RECIPES, CorrectionConfig, LossConfig
 from grpo_lightning.losses.corrections import LEVELS, MODES
-from grpo_lightning.ops import head_triton, policy_loss_triton, rms_norm_triton, swiglu_triton
+from grpo_lightning.ops import head_triton, policy_loss_triton, rms_norm_triton, swiglu_triton, varlen_triton
 
 TARGET = GPUTarget("cuda", 90, 32)
 ROWS = {
@@ -48,6 +48,10 @@ def body() -> int:
             signature = {**dict.fromkeys(tensors, dtype), "count": "i32"}
             assert build(kernel, signature, {"BLOCK": swiglu_triton.BLOCK})
             count += 1
+        tensors = {"out_ptr": dtype, "lse_ptr": "*fp32", "more_ptr": dtype, "mass_ptr": "*fp32"}
+        integers = dict.fromkeys(("rows", "heads", "width", "lse_stride", "mass_stride"), "i32")
+        assert build(varlen_triton._merge, {**tensors, **integers}, {"ROWS": varlen_triton.ROWS, "WIDTH": 64}, 1)
+        count += 1
         for width in (64, 128, 896, 8192):
             tile = rms_norm_triton._tile(width)
             warps = tile.pop("num_warps")

@@ -17,7 +17,10 @@ from grpo_lightning.ops.varlen import Flash, SharedPrompts, shared_prompt_attent
 
 @dataclass(frozen=True, slots=True)
 class PackedLayout:
-    """Where the groups of a packed batch lie in T and what may attend to what inside them."""
+    """Where the groups of a packed batch lie in T and what may attend to what inside them.
+
+    Where segments are wanted, the rows go through the model in the order of `shared`.
+    """
 
     bounds: tuple[tuple[int, int], ...]  # P pairs: first row of the group, row after its last
     segment_ids: Tensor  # [T] int64; 0 in prompts, 1, 2, ... in the completions of a group
@@ -84,6 +87,10 @@ def packed_attention(
             q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
             return shared_prompt_attention(q, k, v, layout.shared, scale, Flash()).transpose(0, 1)[None]
         _say_once(reason)
+    order = None if layout.shared is None else layout.shared.order
+    if order is not None:
+        back = order.argsort()
+        query, key, value = (x[:, :, back] for x in (query, key, value))
     parts = [
         scaled_dot_product_attention(
             query[:, :, s:e],
@@ -95,7 +102,8 @@ def packed_attention(
         )
         for (s, e), mask in zip(layout.bounds, layout.group_masks(window), strict=True)
     ]
-    return torch.cat(parts, dim=2) if parts else torch.zeros_like(query)
+    out = torch.cat(parts, dim=2) if parts else torch.zeros_like(query)
+    return out if order is None else out[:, :, order]
 
 
 def why_not_segments(query: Tensor, layout: PackedLayout, window: int | None) -> str | None:

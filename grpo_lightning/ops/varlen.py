@@ -4,7 +4,8 @@ For shared prompts two calls are merged: (i) every prompt and every completion l
 (ii) the completions of a group look at their prompt. With l the log-sum-exps and o the outputs of both,
     l = logaddexp(l1, l2),  o = exp(l1 - l) o1 + exp(l2 - l) o2.
 Each call's own backward, given the merged o and l, is the gradient of the whole softmax over its part of the
-keys, and the parts add up.
+keys, and the parts add up. Rows stand so that each call reads and writes one slice of them: first what looks
+at nothing but itself, then the shared prompts, then their completions, group by group.
 """
 
 from dataclasses import dataclass
@@ -29,7 +30,8 @@ class Spans(NamedTuple):
         """Returns the spans of the given lengths."""
 
         def ends(lengths: list[int]) -> Tensor:
-            return torch.tensor([0, *lengths]).cumsum(0).to(device, torch.int32)
+            host = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
+            return host.to(device, non_blocking=True)
 
         return cls(ends(query), ends(key), max(query, default=0), max(key, default=0), causal)
 
@@ -38,10 +40,12 @@ class Spans(NamedTuple):
 class SharedPrompts:
     """Where prompts and completions lie in T, for `shared_prompt_attention`."""
 
-    alone: Spans  # every prompt and every completion, onto itself
+    alone: Spans  # everything, onto itself
     towards: Spans  # the completions of a group, onto its prompt
-    completions: Tensor  # [Tc] rows of T of the queries of `towards`
-    prompts: Tensor  # [Tp] rows of T of its keys
+    prompts: slice  # rows of T of the keys of `towards`
+    completions: slice  # rows of T of its queries, to the end of T
+    order: Tensor | None
+    """[T] the rows of a packed batch in the order above; None is the order they have"""
 
     @classmethod
     def of(cls, prompt_lengths: list[int], rows: list[list[int]], device: torch.device) -> "SharedPrompts":
@@ -52,31 +56,45 @@ class SharedPrompts:
             rows: P lists, the number of rows of each completion; 0 is legal.
             device: of the index tensors.
         """
-        alone: list[int] = []
+        whole: list[range] = []
+        prompts: list[range] = []
+        completions: list[range] = []
         queries: list[int] = []
-        keys: list[int] = []
-        completions: list[int] = []
-        prompts: list[int] = []
         start = 0
         for p, own in zip(prompt_lengths, rows, strict=True):
-            end = start + p + sum(own)
-            if sum(n > 0 for n in own) < 2:  # one completion goes on where its prompt ends
-                alone += [end - start] if end > start else []
-                start = end
-                continue
-            alone += [n for n in (p, *own) if n]
-            if p:
+            pieces = _pieces(start, [p, *own])
+            start += p + sum(own)
+            if len(pieces) > 2 and p:
+                prompts.append(pieces[0])
+                completions += pieces[1:]
                 queries.append(sum(own))
-                keys.append(p)
-                prompts += range(start, start + p)
-                completions += range(start + p, end)
-            start = end
+            elif p:  # one completion goes on where its prompt ends
+                whole.append(range(pieces[0].start, start))
+            else:
+                whole += pieces
+        order = [*whole, *prompts, *completions]
+        alone = [len(r) for r in order]
+        first, total = sum(map(len, whole)), sum(alone)
+        keys = [len(r) for r in prompts]
         return cls(
             Spans.of(alone, alone, causal=True, device=device),
             Spans.of(queries, keys, causal=False, device=device),
-            torch.tensor(completions, dtype=torch.int64, device=device),
-            torch.tensor(prompts, dtype=torch.int64, device=device),
+            slice(first, first + sum(keys)),
+            slice(first + sum(keys), total),
+            torch.cat([torch.arange(r.start, r.stop) for r in order]).to(device, non_blocking=True)
+            if queries
+            else None,
         )
+
+
+def _pieces(start: int, lengths: list[int]) -> list[range]:
+    """Returns the rows of those of `lengths` that are not 0."""
+    out = []
+    for n in lengths:
+        if n:
+            out.append(range(start, start + n))
+        start += n
+    return out
 
 
 class Kernels(Protocol):
@@ -91,6 +109,10 @@ class Kernels(Protocol):
         scale: float,
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         """Returns dq, dk and dv for probabilities exp(scale q k - lse), whatever else `lse` holds."""
+        ...
+
+    def merge(self, out: Tensor, lse: Tensor, more: Tensor, mass: Tensor) -> None:
+        """Makes of two softmaxes [Tq, heads, D], [heads, Tq] the one over both; in `out`, `lse`, `mass`."""
         ...
 
 
@@ -119,6 +141,12 @@ class Flash:
             spans.causal, unused, torch.empty(0, device=q.device), scale=scale,
         )  # fmt: skip
 
+    def merge(self, out: Tensor, lse: Tensor, more: Tensor, mass: Tensor) -> None:
+        """Merges in one kernel."""
+        from grpo_lightning.ops import varlen_triton
+
+        varlen_triton.merge(out, lse, more, mass)
+
 
 class Dense:
     """The same in plain torch, segment by segment: the oracle, on any device and in any type."""
@@ -146,6 +174,14 @@ class Dense:
             dk[b] += _narrow(torch.einsum("hqk,qhd->khd", ds, q[a]), k)
             dv[b] += _narrow(torch.einsum("hqk,qhd->khd", p, dout[a]), v)
         return dq, dk, dv
+
+    def merge(self, out: Tensor, lse: Tensor, more: Tensor, mass: Tensor) -> None:
+        """Merges in plain torch."""
+        whole = torch.logaddexp(lse, mass)
+        share, rest = ((x - whole).exp().T[:, :, None] for x in (lse, mass))
+        out.copy_(share * out + rest * more)
+        lse.copy_(whole)
+        mass.copy_(whole)
 
     def _scores(self, q: Tensor, k: Tensor, causal: bool, scale: float) -> Tensor:
         scores = torch.einsum("qhd,khd->hqk", q, _wide(k, q)) * scale
@@ -179,7 +215,7 @@ def shared_prompt_attention(
         q: [T, heads, D].
         k: [T, kv_heads, D]; heads is a multiple of kv_heads.
         v: [T, kv_heads, D].
-        layout: where prompts and completions lie.
+        layout: where prompts and completions lie; rows stand in its `order`.
         scale: multiplies q . k.
         kernels: `Flash()` or `Dense()`.
     """
@@ -193,28 +229,24 @@ class _SharedPrompts(torch.autograd.Function):
     ) -> Tensor:
         out, lse = kernels.forward(q, k, v, layout.alone, scale)
         c, p = layout.completions, layout.prompts
-        if len(c):
-            theirs, mass = kernels.forward(q[c], k[p], v[p], layout.towards, scale)
-            own = lse[:, c]
-            whole = torch.logaddexp(own, mass)
-            lse[:, c] = whole
-            share, rest = ((x - whole).exp().T[:, :, None] for x in (own, mass))
-            out[c] = (share * out[c] + rest * theirs).to(out.dtype)
-        ctx.save_for_backward(q, k, v, out, lse)
+        mass = None
+        if c.start < c.stop:
+            more, mass = kernels.forward(q[c], k[p], v[p], layout.towards, scale)
+            kernels.merge(out[c], lse[:, c], more, mass)
+        ctx.save_for_backward(q, k, v, out, lse, mass)
         ctx.call = (layout, scale, kernels)
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, out, lse = ctx.saved_tensors
+        q, k, v, out, lse, mass = ctx.saved_tensors
         layout, scale, kernels = ctx.call
         dout = dout.contiguous()
         dq, dk, dv = kernels.backward(dout, q, k, v, out, lse, layout.alone, scale)
         c, p = layout.completions, layout.prompts
-        if len(c):
-            merged = (out[c], lse[:, c].contiguous())
-            parts = kernels.backward(dout[c], q[c], k[p], v[p], *merged, layout.towards, scale)
+        if mass is not None:
+            parts = kernels.backward(dout[c], q[c], k[p], v[p], out[c], mass, layout.towards, scale)
             for whole, rows, part in zip((dq, dk, dv), (c, p, p), parts, strict=True):
-                whole.index_add_(0, rows, part)
+                whole[rows] += part
         return dq, dk, dv, None, None, None

@@ -14,6 +14,7 @@ CASES = {
     "one of several": ([3], [[0, 4, 0]]),
     "no prompt left": ([0, 2], [[], [3]]),
     "one completion each": ([2, 2], [[3], [4]]),
+    "shared and not": ([2, 4, 0, 3], [[3], [1, 2], [2, 1], [4, 2]]),
 }
 
 
@@ -46,8 +47,10 @@ def test_equals_one_softmax(name):
     total = sum(prompts) + sum(map(sum, rows))
     q, k, v = inputs(total)
     layout = SharedPrompts.of(prompts, rows, q.device)
-    got = shared_prompt_attention(q, k, v, layout, 0.3, Dense())
-    want = dense(q, k, v, prompts, rows, 0.3)
+    order = torch.arange(total) if layout.order is None else layout.order
+    assert sorted(order.tolist()) == list(range(total))
+    got = shared_prompt_attention(q[order], k[order], v[order], layout, 0.3, Dense())
+    want = dense(q, k, v, prompts, rows, 0.3)[order]
     torch.testing.assert_close(got, want, atol=1e-12, rtol=0)
     dout = torch.randn(got.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     ours = torch.autograd.grad(got, (q, k, v), dout)
@@ -94,7 +97,29 @@ def test_completions_do_not_see_each_other():
     q, k, v = (x.detach() for x in inputs(18))
     layout = SharedPrompts.of(prompts, rows, q.device)
     before = shared_prompt_attention(q, k, v, layout, 0.5, Dense())
-    k[4:6] += 1.0  # the first completion of the first group
+    first = layout.completions.start  # of the first completion of the first group
+    assert layout.order[first : first + 2].tolist() == [4, 5]
+    k[first : first + 2] += 1.0
     after = shared_prompt_attention(q, k, v, layout, 0.5, Dense())
     moved = (before != after).any(-1).any(-1)
-    assert moved.nonzero().flatten().tolist() == [4, 5]
+    assert moved.nonzero().flatten().tolist() == [first, first + 1]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("rows", "heads", "width"), [(1, 1, 8), (7, 3, 12), (9, 2, 64)])
+def test_kernel_merges_as_its_twin(dtype, rows, heads, width):
+    from grpo_lightning.ops import varlen_triton
+
+    g = torch.Generator().manual_seed(0)
+    out, more = (torch.randn(rows, heads, width, generator=g).to(dtype) for _ in range(2))
+    whole = 30 * torch.randn(heads, rows + 2, generator=g)
+    lse, mass = whole[:, 2:], 30 * torch.randn(heads, rows, generator=g)
+    exact = [x.double().clone() for x in (out, lse, more, mass)]
+    Dense().merge(*exact)
+    before = whole[:, :2].clone()
+    varlen_triton.merge(out, lse, more, mass)
+    eps = 4 * torch.finfo(dtype).eps
+    torch.testing.assert_close(out.double(), exact[0], atol=eps, rtol=eps)
+    torch.testing.assert_close(lse.double(), exact[1], atol=1e-5, rtol=1e-6)
+    assert torch.equal(lse, mass)
+    assert torch.equal(whole[:, :2], before)
