@@ -191,6 +191,8 @@ class RolloutBatch:
 
     def take(self, sequences: Sequence[int]) -> "RolloutBatch":
         """Returns the completions `sequences` (sorted) and their prompts; totals stay the window's."""
+        if len(sequences) == len(self.lengths) and len(set(self.host_groups)) == len(self.prompt_lengths):
+            return self
         groups, rows, tokens = select(self.prompt_lengths, self.lengths, self.host_groups, sequences)
         lengths = tuple(self.lengths[s] for s in sequences)
         prompt_lengths = tuple(self.prompt_lengths[g] for g in groups)

@@ -11,7 +11,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
-from grpo_lightning.ops.lora_linear import Adapted, lora_linears
+from grpo_lightning.ops.lora_linear import Adapted, adjoining, lay_together, lora_linears
 
 
 @cache
@@ -100,6 +100,8 @@ def sharing(stock: type[Any]) -> type:
 class Siblings:
     """Layers that are called one after another with the same x: the first call computes them all.
 
+    Where the bases are plain, their weights move into one memory, so that their products are one.
+
     A result is handed out once, and only for what it was computed of: the same tensor object at the same
     version, the same adapter, the same grad mode. Where a layer was not asked for its result, the layers are
     no siblings, and each computes its own from then on.
@@ -108,6 +110,7 @@ class Siblings:
     def __init__(self, members: list[Any]) -> None:
         self.members = members
         self.apart = False
+        _lay_bases_together([m.get_base_layer() for m in members])
         self._forget()
 
     def _forget(self) -> None:
@@ -148,6 +151,24 @@ class Siblings:
         self._x, self._results, self._adapters = x, results, adapters
         self._states = [() if a is None else _state(x, a) for a in adapters]
         return result
+
+
+def _lay_bases_together(bases: list[Any]) -> None:
+    """Moves weights, and biases, into one memory each, if these are plain, frozen and nobody else's."""
+    kinds = [
+        [b for m in bases if type(m) is nn.Linear and (b := getattr(m, name)) is not None]
+        for name in ("weight", "bias")
+    ]
+    weights, biases = kinds
+    if len(weights) < len(bases) or len(biases) not in (0, len(bases)):
+        return
+    for group in filter(None, kinds):
+        alike = len({(t.dtype, t.device, t.shape[1:], type(t.data)) for t in group}) == 1
+        if not alike or any(t.requires_grad for t in group):
+            return
+    for group in filter(None, kinds):
+        if adjoining(group) is None:
+            lay_together(group)
 
 
 def _untracked(x: Tensor) -> bool:

@@ -2,8 +2,9 @@
 
     y_i = x W_i^T + b_i + s_i (x A_i^T) B_i^T
 The products x A_i^T are one, with the A_i over one another, and so are dA and their part of dx, which is
-added up in one buffer. The adapters' fp32 masters are rounded to the type of `x` for the products, whose
-results for A and B are fp32. The backward needs x, h = x A^T and the rounded adapters, nothing as wide as y.
+added up in one buffer; so are the products with the W_i where these adjoin in memory (`lay_together`). The
+adapters' fp32 masters are rounded to the type of `x` for the products, whose results for A and B are fp32. The
+backward needs x, h = s x A^T and the rounded adapters, nothing as wide as y.
 """
 
 from collections.abc import Sequence
@@ -46,19 +47,71 @@ def _forward(
 ) -> tuple[tuple[Tensor, ...], list[Tensor | None]]:
     """Returns the layers' results, and what their backward needs beside x."""
     a, b, weights, biases, given = (list(tensors[i::5]) for i in range(5))
+    ranks = [m.shape[0] for m in a]
     rounded = (torch.cat(a) if len(a) > 1 else a[0]).to(x.dtype)
-    h = x @ rounded.T
     narrow = [m.to(x.dtype) for m in b]
+    h = _scaled(x, rounded, ranks, scalings)
+    base = adjoining(weights)
+    if base is None:
+        made = [
+            linear(x, weight, bias) if y is None else y
+            for weight, bias, y in zip(weights, biases, given, strict=True)
+        ]
+    else:
+        bias = adjoining(biases) if biases[0] is not None else None
+        made = linear(x, base, bias).split([m.shape[0] for m in b], 1)
     out = []
-    thin = h.split([m.shape[0] for m in a], 1)
-    for part, m, s, weight, bias, y in zip(thin, narrow, scalings, weights, biases, given, strict=True):
-        into = linear(x, weight, bias) if y is None else y
+    for part, m, into, y in zip(h.split(ranks, 1), narrow, made, given, strict=True):
         # torch 2.11 compiles a forward that writes in place into one without a gradient, and says nothing.
-        if y is None and not torch.compiler.is_compiling():
-            out.append(into.addmm_(part, m.T, alpha=s))
-        else:
-            out.append(torch.addmm(into, part, m.T, alpha=s))
+        in_place = y is None and not torch.compiler.is_compiling()
+        out.append(into.addmm_(part, m.T) if in_place else torch.addmm(into, part, m.T))
     return tuple(out), [h, rounded, *narrow, *weights]
+
+
+def _scaled(x: Tensor, a: Tensor, ranks: list[int], scalings: tuple[float, ...]) -> Tensor:
+    """Returns s_i x A_i^T, side by side."""
+    if len(set(scalings)) == 1 and not torch.compiler.is_compiling():
+        return x.new_empty(x.shape[0], a.shape[0]).addmm_(x, a.T, beta=0, alpha=scalings[0])
+    return torch.cat([h * s for h, s in zip((x @ a.T).split(ranks, 1), scalings, strict=True)], 1)
+
+
+def lay_together(tensors: Sequence[Tensor]) -> None:
+    """Moves tensors, equal but for their first axis, into one memory, so that `adjoining` finds them whole."""
+    parts = torch.cat([t.detach() for t in tensors]).split([len(t) for t in tensors])
+    for t, part in zip(tensors, parts, strict=True):
+        t.data = part
+
+
+def adjoining(tensors: Sequence[Tensor | None]) -> Tensor | None:
+    """Returns one view of tensors that lie one after another in one memory, or None if they do not."""
+    first = tensors[0]
+    if first is None or torch.compiler.is_compiling():
+        return None
+    storage, at = first.untyped_storage().data_ptr(), first.storage_offset()
+    for t in tensors:
+        if t is None or not t.is_contiguous():
+            return None
+        if t.storage_offset() != at or t.untyped_storage().data_ptr() != storage:
+            return None
+        at += t.numel()
+    rows = sum(len(t) for t in tensors if t is not None)
+    return first.as_strided((rows, *first.shape[1:]), first.stride())
+
+
+def side_by_side(columns: Sequence[Tensor | None]) -> Tensor | None:
+    """Returns [T, sum of O_i] of columns [T, O_i], which it copies unless they lie so; None if one is."""
+    if any(c is None for c in columns):
+        return None
+    parts = [c for c in columns if c is not None]
+    first, width = parts[0], sum(c.shape[1] for c in parts)
+    storage, at = first.untyped_storage().data_ptr(), first.storage_offset()
+    for c in parts:
+        if c.stride() != (width, 1) or c.storage_offset() != at:
+            return torch.cat(parts, 1)
+        if c.untyped_storage().data_ptr() != storage:
+            return torch.cat(parts, 1)
+        at += c.shape[1]
+    return first.as_strided((first.shape[0], width), (width, 1))
 
 
 class _LoraLinears(torch.autograd.Function):
@@ -78,16 +131,15 @@ class _LoraLinears(torch.autograd.Function):
         narrow, weights = rest[: len(dys)], rest[len(dys) :]
         ranks = [rank for rank, _ in ctx.masters]
         dh = torch.empty_like(h)
-        dx, gradients = None, []
+        gradients = []
         for i, (dy, part, dpart) in enumerate(zip(dys, h.split(ranks, 1), dh.split(ranks, 1), strict=True)):
             if dy is None:
                 dpart.zero_()
                 gradients.append(None)
                 continue
             dpart.addmm_(dy, narrow[i], beta=0, alpha=ctx.scalings[i])
-            gradients.append(wide_product(dy.T, part).mul_(ctx.scalings[i]).to(ctx.masters[i][1]))
-            if weights[i] is not None and ctx.needs_input_grad[0]:
-                dx = dy @ weights[i] if dx is None else dx.addmm_(dy, weights[i])
+            gradients.append(wide_product(dy.T, part).to(ctx.masters[i][1]))
+        dx = _through(dys, weights) if ctx.needs_input_grad[0] else None
         if ctx.needs_input_grad[0]:
             dx = dh @ a if dx is None else dx.addmm_(dh, a)
         da = wide_product(dh.T, x).split(ranks)
@@ -96,3 +148,16 @@ class _LoraLinears(torch.autograd.Function):
             given = dy if ctx.needs_input_grad[2 + 5 * i + 4] else None
             out += [None if dy is None else da[i].to(ctx.masters[i][1]), gradients[i], None, None, given]
         return tuple(out)
+
+
+def _through(dys: Sequence[Tensor | None], weights: Sequence[Tensor | None]) -> Tensor | None:
+    """Returns the sum of dy_i W_i over the layers with both, in one product where the weights adjoin."""
+    base = adjoining(weights) if len(weights) > 1 else None
+    dy = None if base is None else side_by_side(dys)
+    if base is not None and dy is not None:
+        return dy @ base
+    dx = None
+    for dy, weight in zip(dys, weights, strict=True):
+        if dy is not None and weight is not None:
+            dx = dy @ weight if dx is None else dx.addmm_(dy, weight)
+    return dx

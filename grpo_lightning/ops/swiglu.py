@@ -22,7 +22,14 @@ def swiglu(g: Tensor, u: Tensor, backend: str = "auto") -> Tensor:
         u: of the same shape and type.
         backend: `auto`, `torch` or `triton`.
     """
-    return _SwiGLU.apply(g, u, use_triton(g.device, backend))  # pyright: ignore[reportReturnType]  # untyped
+    y: Any = _SwiGLU.apply(_rows(g), _rows(u), use_triton(g.device, backend))
+    return y.view(g.shape)
+
+
+def _rows(x: Tensor) -> Tensor:
+    """Returns x as [T, F], whose rows may lie apart."""
+    flat = x.reshape(-1, x.shape[-1]) if x.ndim else x.reshape(1, 1)
+    return flat if flat.stride(1) == 1 else flat.contiguous()
 
 
 def forward(g: Tensor, u: Tensor) -> Tensor:
