@@ -6,7 +6,7 @@ python benchmarks/bench_step.py --small                             # a CPU, to 
 
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from importlib.util import find_spec
@@ -59,13 +59,23 @@ PIECES = (
 )
 
 
-def step(policy: Policy, batch: RolloutBatch, parts: int) -> torch.Tensor:
-    """Runs one step and returns the gradient of all adapters, flat."""
-    policy.zero_grad(set_to_none=True)
-    for part in batch.split(parts):
-        logprobs, entropy, _ = policy.logprobs(part)
-        policy_loss(logprobs, part, LossConfig("dapo"), entropy).loss.backward()
-    return torch.cat([p.grad.flatten() for p in policy.trainable().values() if p.grad is not None])
+def step_of(policy: Policy, batch: RolloutBatch, parts: int) -> Callable[[], None]:
+    """Returns what runs one step."""
+    adapters = list(policy.trainable().values())
+
+    def step() -> None:
+        for p in adapters:
+            p.grad = None
+        for part in batch.split(parts):
+            logprobs, entropy, _ = policy.logprobs(part)
+            policy_loss(logprobs, part, LossConfig("dapo"), entropy).loss.backward()
+
+    return step
+
+
+def gradient(policy: Policy) -> torch.Tensor:
+    """Returns the gradient of all adapters, flat."""
+    return torch.cat([p.grad.flatten() for p in policy.trainable().values() if p.grad is not None]).double()
 
 
 @contextmanager
@@ -96,19 +106,18 @@ def measure(shape: str, work: str, device: torch.device, repeats: int) -> dict[s
             policy._set_attention("sdpa")
         policy.prepare(KernelConfig(**chosen), device)
 
-        def run(policy: Policy = policy, parts: int = piece.parts) -> torch.Tensor:
-            return step(policy, batch, parts)
-
+        run = step_of(policy, batch, piece.parts)
         with adapters_in(policy, piece.adapters):
             rows |= race({piece.name: run}, device, repeats)
             if "failed" in rows[piece.name]:
                 continue
-            gradient = run().double()
-        reference = gradient if reference is None else reference
-        rows[piece.name]["gradient_error"] = ((gradient - reference).norm() / reference.norm()).item()
+            run()
+            found = gradient(policy)
+        reference = found if reference is None else reference
+        rows[piece.name]["gradient_error"] = ((found - reference).norm() / reference.norm()).item()
     half = make_rollout(WORKLOADS[work], SHAPES[shape]["vocab_size"], dead=0.5).to(device)
     alive = half.without_groups(half.dead_groups())
-    rows |= race({"half of the groups dead, skipped": lambda: step(policy, alive, 1)}, device, repeats)
+    rows |= race({"half of the groups dead, skipped": step_of(policy, alive, 1)}, device, repeats)
     if find_spec("trl"):
         from peers.trl_step import trl_step
 

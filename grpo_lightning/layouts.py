@@ -80,9 +80,9 @@ def packed_hidden(decoder: Any, batch: RolloutBatch, *, segments: bool = False) 
         segments=segments,
     )
     ids, positions, targets = batch.input_ids, batch.position_ids, batch.target_rows
-    order = None if layout.shared is None else layout.shared.order
-    if order is not None:
-        ids, positions, targets = ids[order], positions[order], order.argsort()[targets]
+    if layout.shared is not None and layout.shared.order is not None and layout.shared.places is not None:
+        order = layout.shared.order
+        ids, positions, targets = ids[order], positions[order], layout.shared.places[targets]
     out = decoder(input_ids=ids[None], position_ids=positions[None], use_cache=False, layout=layout)
     return out.last_hidden_state[0, targets]
 

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from grpo_lightning.ops.varlen import Flash, SharedPrompts, shared_prompt_attention
+from grpo_lightning.ops.segments import SharedPrompts
+from grpo_lightning.ops.varlen import Flash, shared_prompt_attention
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,10 +88,9 @@ def packed_attention(
             q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
             return shared_prompt_attention(q, k, v, layout.shared, scale, Flash()).transpose(0, 1)[None]
         _say_once(reason)
-    order = None if layout.shared is None else layout.shared.order
-    if order is not None:
-        back = order.argsort()
-        query, key, value = (x[:, :, back] for x in (query, key, value))
+    order, places = (None, None) if layout.shared is None else (layout.shared.order, layout.shared.places)
+    if places is not None:
+        query, key, value = (x[:, :, places] for x in (query, key, value))
     parts = [
         scaled_dot_product_attention(
             query[:, :, s:e],

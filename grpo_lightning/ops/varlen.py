@@ -4,97 +4,16 @@ For shared prompts two calls are merged: (i) every prompt and every completion l
 (ii) the completions of a group look at their prompt. With l the log-sum-exps and o the outputs of both,
     l = logaddexp(l1, l2),  o = exp(l1 - l) o1 + exp(l2 - l) o2.
 Each call's own backward, given the merged o and l, is the gradient of the whole softmax over its part of the
-keys, and the parts add up. Rows stand so that each call reads and writes one slice of them: first what looks
-at nothing but itself, then the shared prompts, then their completions, group by group.
+keys, and the parts add up.
 """
 
-from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-
-class Spans(NamedTuple):
-    """Segments of queries and the segments of keys that they look at, B each."""
-
-    query: Tensor  # [B + 1] int32, ends
-    key: Tensor  # [B + 1] int32
-    longest_query: int
-    longest_key: int
-    causal: bool
-
-    @classmethod
-    def of(cls, query: list[int], key: list[int], *, causal: bool, device: torch.device) -> "Spans":
-        """Returns the spans of the given lengths."""
-
-        def ends(lengths: list[int]) -> Tensor:
-            host = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
-            return host.to(device, non_blocking=True)
-
-        return cls(ends(query), ends(key), max(query, default=0), max(key, default=0), causal)
-
-
-@dataclass(frozen=True, slots=True)
-class SharedPrompts:
-    """Where prompts and completions lie in T, for `shared_prompt_attention`."""
-
-    alone: Spans  # everything, onto itself
-    towards: Spans  # the completions of a group, onto its prompt
-    prompts: slice  # rows of T of the keys of `towards`
-    completions: slice  # rows of T of its queries, to the end of T
-    order: Tensor | None
-    """[T] the rows of a packed batch in the order above; None is the order they have"""
-
-    @classmethod
-    def of(cls, prompt_lengths: list[int], rows: list[list[int]], device: torch.device) -> "SharedPrompts":
-        """Returns the layout of groups, each a prompt and the rows of its completions, one after the other.
-
-        Args:
-            prompt_lengths: P.
-            rows: P lists, the number of rows of each completion; 0 is legal.
-            device: of the index tensors.
-        """
-        whole: list[range] = []
-        prompts: list[range] = []
-        completions: list[range] = []
-        queries: list[int] = []
-        start = 0
-        for p, own in zip(prompt_lengths, rows, strict=True):
-            pieces = _pieces(start, [p, *own])
-            start += p + sum(own)
-            if len(pieces) > 2 and p:
-                prompts.append(pieces[0])
-                completions += pieces[1:]
-                queries.append(sum(own))
-            elif p:  # one completion goes on where its prompt ends
-                whole.append(range(pieces[0].start, start))
-            else:
-                whole += pieces
-        order = [*whole, *prompts, *completions]
-        alone = [len(r) for r in order]
-        first, total = sum(map(len, whole)), sum(alone)
-        keys = [len(r) for r in prompts]
-        return cls(
-            Spans.of(alone, alone, causal=True, device=device),
-            Spans.of(queries, keys, causal=False, device=device),
-            slice(first, first + sum(keys)),
-            slice(first + sum(keys), total),
-            torch.cat([torch.arange(r.start, r.stop) for r in order]).to(device, non_blocking=True)
-            if queries
-            else None,
-        )
-
-
-def _pieces(start: int, lengths: list[int]) -> list[range]:
-    """Returns the rows of those of `lengths` that are not 0."""
-    out = []
-    for n in lengths:
-        if n:
-            out.append(range(start, start + n))
-        start += n
-    return out
+from grpo_lightning.ops.segments import SharedPrompts, Spans
 
 
 class Kernels(Protocol):

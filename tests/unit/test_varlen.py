@@ -5,7 +5,8 @@ import warnings
 import pytest
 import torch
 
-from grpo_lightning.ops.varlen import Dense, SharedPrompts, shared_prompt_attention
+from grpo_lightning.ops.segments import SharedPrompts
+from grpo_lightning.ops.varlen import Dense, shared_prompt_attention
 
 CASES = {
     "two groups": ([4, 3], [[2, 5, 1], [3, 0]]),
@@ -41,16 +42,17 @@ def dense(q, k, v, prompts, rows, scale):
     ).transpose(0, 1)
 
 
+@pytest.mark.parametrize("few_shapes", [False, True])
 @pytest.mark.parametrize("name", CASES)
-def test_equals_one_softmax(name):
+def test_equals_one_softmax(name, few_shapes):
     prompts, rows = CASES[name]
     total = sum(prompts) + sum(map(sum, rows))
     q, k, v = inputs(total)
-    layout = SharedPrompts.of(prompts, rows, q.device)
-    order = torch.arange(total) if layout.order is None else layout.order
-    assert sorted(order.tolist()) == list(range(total))
-    got = shared_prompt_attention(q[order], k[order], v[order], layout, 0.3, Dense())
-    want = dense(q, k, v, prompts, rows, 0.3)[order]
+    layout = SharedPrompts.of(prompts, rows, q.device, few_shapes=few_shapes)
+    order, places = (torch.arange(total) if x is None else x for x in (layout.order, layout.places))
+    assert torch.equal(order[places], torch.arange(total))
+    got = shared_prompt_attention(q[order], k[order], v[order], layout, 0.3, Dense())[places]
+    want = dense(q, k, v, prompts, rows, 0.3)
     torch.testing.assert_close(got, want, atol=1e-12, rtol=0)
     dout = torch.randn(got.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     ours = torch.autograd.grad(got, (q, k, v), dout)

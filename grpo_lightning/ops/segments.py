@@ -1,0 +1,140 @@
+"""Where the prompts and completions of a packed batch stand as segments of one row, for attention.
+
+Rows stand so that each of the two calls of `shared_prompt_attention` reads and writes one slice of them:
+first what looks at nothing but itself, then the shared prompts, then their completions, group by group.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Spans(NamedTuple):
+    """Segments of queries and the segments of keys that they look at, B each."""
+
+    query: Tensor  # [B + 1] int32, ends
+    key: Tensor  # [B + 1] int32
+    longest_query: int
+    longest_key: int
+    causal: bool
+
+    @classmethod
+    def of(
+        cls, query: list[int], key: list[int], *, causal: bool, device: torch.device, few: bool = False
+    ) -> "Spans":
+        """Returns the spans of the given lengths; with `few`, the longest are a power of 2."""
+
+        def ends(lengths: list[int]) -> Tensor:
+            host = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
+            return host.to(device, non_blocking=True)
+
+        longest = [max(lengths, default=0) for lengths in (query, key)]
+        if few:
+            longest = [1 << (n - 1).bit_length() if n else 0 for n in longest]
+        return cls(ends(query), ends(key), *longest, causal)
+
+
+@dataclass(frozen=True, slots=True)
+class SharedPrompts:
+    """Where prompts and completions stand in T', which is T and, where few shapes are wanted, filling.
+
+    Rows of filling look at filling and at nothing else.
+    """
+
+    alone: Spans  # everything, onto itself
+    towards: Spans  # the completions of a group, onto its prompt
+    prompts: slice  # rows of T' of the keys of `towards`
+    completions: slice  # rows of T' of its queries, to the end of T'
+    order: Tensor | None
+    """[T'] the row of the packed batch that stands in each row; None is one after the other"""
+    places: Tensor | None
+    """[T] where the rows of the packed batch stand; None is where they are"""
+
+    @classmethod
+    def of(
+        cls,
+        prompt_lengths: list[int],
+        rows: list[list[int]],
+        device: torch.device,
+        *,
+        few_shapes: bool = False,
+    ) -> "SharedPrompts":
+        """Returns the layout of groups, each a prompt and the rows of its completions, one after the other.
+
+        Args:
+            prompt_lengths: P.
+            rows: P lists, the number of rows of each completion; 0 is legal.
+            device: of the index tensors.
+            few_shapes: fill up, so that batches of about the same size have the same shapes.
+        """
+        whole: list[range] = []
+        prompts: list[range] = []
+        completions: list[range] = []
+        queries: list[int] = []
+        start = 0
+        for p, own in zip(prompt_lengths, rows, strict=True):
+            pieces = _pieces(start, [p, *own])
+            start += p + sum(own)
+            if len(pieces) > 2 and p:
+                prompts.append(pieces[0])
+                completions += pieces[1:]
+                queries.append(sum(own))
+            elif p:  # one completion goes on where its prompt ends
+                whole.append(range(pieces[0].start, start))
+            else:
+                whole += pieces
+        regions = (whole, prompts, completions)
+        segments = [[len(r) for r in region] for region in regions]
+        keys = list(segments[1])
+        if few_shapes:
+            for lengths in filter(None, (*segments, keys, queries)):
+                lengths += _filling(lengths)
+        first, second, third = sizes = [sum(lengths) for lengths in segments]
+        order, places = None, None
+        if queries or few_shapes:
+            order, places = (
+                x.to(device, non_blocking=True) for x in _standing(regions, sizes, start)
+            )
+        alone = [n for lengths in segments for n in lengths]
+        return cls(
+            Spans.of(alone, alone, causal=True, device=device, few=few_shapes),
+            Spans.of(queries, keys, causal=False, device=device, few=few_shapes),
+            slice(first, first + second),
+            slice(first + second, first + second + third),
+            order,
+            places,
+        )
+
+
+def _pieces(start: int, lengths: list[int]) -> list[range]:
+    """Returns the rows of those of `lengths` that are not 0."""
+    out = []
+    for n in lengths:
+        if n:
+            out.append(range(start, start + n))
+        start += n
+    return out
+
+
+def _filling(lengths: list[int]) -> list[int]:
+    """Returns the lengths of segments to add, none of them 0, for few numbers of rows and of segments."""
+    count = -(-(len(lengths) + 4) // 8) * 8 - len(lengths)
+    least = sum(lengths) + count
+    step = 1 << max(least.bit_length() - 5, 6)  # 16 sizes between a power of 2 and the next
+    rows = -(-least // step) * step - sum(lengths)
+    return [rows // count + (i < rows % count) for i in range(count)]
+
+
+def _standing(regions: tuple[list[range], ...], sizes: list[int], total: int) -> tuple[Tensor, Tensor]:
+    """Returns which row stands where, row 0 for filling, and where each row stands."""
+    order = torch.zeros(sum(sizes), dtype=torch.int64)
+    places = torch.empty(total, dtype=torch.int64)
+    at = 0
+    for region, size in zip(regions, sizes, strict=True):
+        rows = torch.cat([torch.arange(r.start, r.stop) for r in region]) if region else order[:0]
+        order[at : at + len(rows)] = rows
+        places[rows] = torch.arange(at, at + len(rows))
+        at += size
+    return order, places
