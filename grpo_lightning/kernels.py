@@ -29,11 +29,14 @@ AUTO = {
     "norm": True,
     "compile": False,  # nothing over the kernels above, for a minute of warm-up
     "loss": True,
+    "graphs": False,  # their memory stays taken between steps
 }
 """what `auto` takes on CUDA: a kernel is True once benchmarks/results shows what it gains"""
 
 TRITON = ("head", "loss")
 """what needs CUDA, or Triton's interpreter"""
+
+CUDA_ONLY = ("graphs",)
 
 WORTH_SHARING = 1.2
 """how many times the tokens there must be without sharing; below, a second call of attention costs more"""
@@ -52,6 +55,9 @@ class KernelConfig:
         norm: RMSNorm as one kernel each way.
         compile: torch.compile of every decoder layer, once for all lengths.
         loss: the Triton kernel of the loss, its gradient and its statistics in one launch.
+        graphs: the decoder's forward and backward as CUDA graphs, one per shape, of batches filled up to few
+            shapes. For models so small that a GPU waits for launches; the activations of one micro-batch stay
+            allocated between steps, and `rollout.micro_batches: auto` is `accumulate_grad_batches`.
         shared_prompts: a prompt goes through the model once for its group. `auto` copies it before every
             completion where attention runs as segments and sharing saves less than a sixth of the tokens.
     """
@@ -64,6 +70,7 @@ class KernelConfig:
     norm: str | bool = "auto"
     compile: str | bool = "auto"
     loss: str | bool = "auto"
+    graphs: str | bool = "auto"
     shared_prompts: str | bool = "auto"
 
     def __post_init__(self) -> None:
@@ -78,8 +85,9 @@ class KernelConfig:
         """Returns which kernels run on `device`."""
         given = asdict(self)
         interpreted = os.environ.get("TRITON_INTERPRET") == "1"
-        for key in TRITON:
-            if given[key] == "on" and device.type != "cuda" and not interpreted:
+        for key in (*TRITON, *CUDA_ONLY):
+            there = device.type == "cuda" or (interpreted and key in TRITON)
+            if given[key] == "on" and not there:
                 raise ConfigError(
                     f"model.kernels.{key} is 'on', but the model is on {device.type}; take auto or off"
                 )

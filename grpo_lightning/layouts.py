@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from grpo_lightning.batch import RolloutBatch
+from grpo_lightning.graphs import Graphs
 from grpo_lightning.ops.attention import PackedLayout, packed_attention
 
 PACKED = "grpo_lightning_packed"
@@ -63,13 +64,16 @@ def _attention(
     return out.transpose(1, 2).contiguous(), None
 
 
-def packed_hidden(decoder: Any, batch: RolloutBatch, *, segments: bool = False) -> Tensor:
+def packed_hidden(
+    decoder: Any, batch: RolloutBatch, *, segments: bool = False, graphs: Graphs | None = None
+) -> Tensor:
     """Returns [N, H] from one row of T tokens in which each prompt stands once.
 
     Args:
         decoder: of a transformers model.
         batch: P prompts and S completions.
         segments: run attention as segments where the flash kernels cover it.
+        graphs: replay the decoder instead of calling it.
     """
     layout = PackedLayout.of(
         batch.prompt_lengths,
@@ -78,13 +82,20 @@ def packed_hidden(decoder: Any, batch: RolloutBatch, *, segments: bool = False) 
         batch.segment_ids,
         batch.position_ids,
         segments=segments,
+        few_shapes=graphs is not None,
     )
     ids, positions, targets = batch.input_ids, batch.position_ids, batch.target_rows
     if layout.shared is not None and layout.shared.order is not None and layout.shared.places is not None:
         order = layout.shared.order
         ids, positions, targets = ids[order], positions[order], layout.shared.places[targets]
+    hidden = None if graphs is None else graphs.hidden(ids, positions, layout)
+    return (decode(decoder, ids, positions, layout) if hidden is None else hidden)[targets]
+
+
+def decode(decoder: Any, ids: Tensor, positions: Tensor, layout: PackedLayout) -> Tensor:
+    """Returns the hidden states [T, H] of one packed row."""
     out = decoder(input_ids=ids[None], position_ids=positions[None], use_cache=False, layout=layout)
-    return out.last_hidden_state[0, targets]
+    return out.last_hidden_state[0]
 
 
 def padded_hidden(decoder: Any, batch: RolloutBatch, pad_id: int) -> Tensor:

@@ -4,16 +4,20 @@ forward."""
 import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from grpo_lightning.batch import RolloutBatch
 from grpo_lightning.errors import ConfigError
+from grpo_lightning.graphs import Graphs
 from grpo_lightning.kernels import KernelConfig, Prepared
 from grpo_lightning.layouts import (
     PACKED,
+    decode,
     needs_padding,
     packed_hidden,
     padded_hidden,
@@ -68,6 +72,7 @@ class Policy(nn.Module):
             self._set_attention(PACKED)
         self.kernels = KernelConfig()
         self.prepared = Prepared(causal, self.causal.get_decoder())
+        self.graphs: Graphs | None = None
 
     def prepare(self, kernels: KernelConfig, device: torch.device) -> None:
         """Exchanges what `kernels` chooses for `device`; once, before the first forward that trains."""
@@ -78,6 +83,26 @@ class Policy(nn.Module):
         self.prepared = Prepared(self.model, self.causal.get_decoder(), kernels.chosen(device), autocast)
         if self.padded_reason is None and self.prepared.chosen["compile"]:
             register_packed_attention(compiled_layers=True)
+        self.graphs = self._make_graphs(autocast) if self.prepared.chosen["graphs"] else None
+
+    def _make_graphs(self, autocast: bool) -> Graphs | None:
+        decoder = self.causal.get_decoder()
+        params = [p for p in decoder.parameters() if p.requires_grad]
+        obstacles = {
+            self.padded_reason or "": self.padded_reason is not None,
+            "attention over segments is off": not self.prepared.chosen["attention"],
+            "layers are compiled": self.prepared.chosen["compile"],
+            "it trains under autocast": autocast,
+            "it trains without an adapter": not self.is_lora,
+            "its adapters are of several types": len({p.dtype for p in params}) != 1,
+            "it drops out": self.drops_out,
+            "it has a sliding window": getattr(self.causal.config, "sliding_window", None) is not None,
+        }
+        reasons = [reason for reason, holds in obstacles.items() if holds]
+        if reasons:
+            rank_zero_warn(f"model.kernels.graphs: the decoder runs without graphs ({', '.join(reasons)})")
+            return None
+        return Graphs(partial(decode, decoder), params)
 
     @property
     def causal(self) -> Any:
@@ -152,7 +177,8 @@ class Policy(nn.Module):
         if self.padded_reason is None:
             segments = self.prepared.chosen["attention"]
             shared = batch if self.kernels.shares(batch.outline, segments) else batch.unshared()
-            return packed_hidden(decoder, shared, segments=segments)
+            graphs = self.graphs if torch.is_grad_enabled() and self.prepared.chosen["graphs"] else None
+            return packed_hidden(decoder, shared, segments=segments, graphs=graphs)
         return padded_hidden(decoder, batch, self.pad_id)
 
     def sizes(self, shape: Outline) -> tuple[int, int, int]:

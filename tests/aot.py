@@ -48,7 +48,9 @@ def body() -> int:
             count += 1
         tensors = {"out_ptr": dtype, "lse_ptr": "*fp32", "more_ptr": dtype, "mass_ptr": "*fp32"}
         integers = dict.fromkeys(("rows", "heads", "width", "lse_stride", "mass_stride"), "i32")
-        assert build(varlen_triton._merge, {**tensors, **integers}, {"ROWS": varlen_triton.ROWS, "WIDTH": 64}, 1)
+        assert build(
+            varlen_triton._merge, {**tensors, **integers}, {"ROWS": varlen_triton.ROWS, "WIDTH": 64}, 1
+        )
         count += 1
         for width in (64, 128, 896, 8192):
             tile = rms_norm_triton._tile(width)

@@ -23,7 +23,8 @@ class PackedLayout:
     Where segments are wanted, the rows go through the model in the order of `shared`.
     """
 
-    bounds: tuple[tuple[int, int], ...]  # P pairs: first row of the group, row after its last
+    bounds: tuple[tuple[int, int], ...] | None
+    """P pairs: first row of the group, row after its last; None where only segments are known"""
     segment_ids: Tensor  # [T] int64; 0 in prompts, 1, 2, ... in the completions of a group
     position_ids: Tensor  # [T] int64
     shared: SharedPrompts | None
@@ -42,6 +43,7 @@ class PackedLayout:
         position_ids: Tensor,
         *,
         segments: bool = False,
+        few_shapes: bool = False,
     ) -> "PackedLayout":
         """Returns the layout of P prompts and S completions, `group_ids` sorted."""
         rows: list[list[int]] = [[] for _ in prompt_lengths]
@@ -52,13 +54,16 @@ class PackedLayout:
         longest = max(
             (p + max(own, default=0) for p, own in zip(prompt_lengths, rows, strict=True)), default=0
         )
-        shared = SharedPrompts.of(list(prompt_lengths), rows, segment_ids.device) if segments else None
+        shared = None
+        if segments:
+            device = segment_ids.device
+            shared = SharedPrompts.of(list(prompt_lengths), rows, device, few_shapes=few_shapes)
         return cls(tuple(zip([0, *ends][:-1], ends, strict=True)), segment_ids, position_ids, shared, longest)
 
     def group_masks(self, window: int | None) -> list[Tensor]:
         """Returns P boolean masks [L, L], True where a row may look; `window` in tokens."""
         if window not in self.masks:
-            self.masks[window] = [self._mask(start, end, window) for start, end in self.bounds]
+            self.masks[window] = [self._mask(start, end, window) for start, end in self.bounds or ()]
         return self.masks[window]
 
     def _mask(self, start: int, end: int, window: int | None) -> Tensor:
@@ -87,6 +92,8 @@ def packed_attention(
         if reason is None:
             q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
             return shared_prompt_attention(q, k, v, layout.shared, scale, Flash()).transpose(0, 1)[None]
+        if layout.bounds is None:
+            raise RuntimeError(f"attention has only segments to go by, but {reason}")
         _say_once(reason)
     order, places = (None, None) if layout.shared is None else (layout.shared.order, layout.shared.places)
     if places is not None:
@@ -100,7 +107,7 @@ def packed_attention(
             scale=scale,
             enable_gqa=query.shape[1] != key.shape[1],
         )
-        for (s, e), mask in zip(layout.bounds, layout.group_masks(window), strict=True)
+        for (s, e), mask in zip(layout.bounds or (), layout.group_masks(window), strict=True)
     ]
     out = torch.cat(parts, dim=2) if parts else torch.zeros_like(query)
     return out if order is None else out[:, :, order]

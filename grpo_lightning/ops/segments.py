@@ -94,9 +94,7 @@ class SharedPrompts:
         first, second, third = sizes = [sum(lengths) for lengths in segments]
         order, places = None, None
         if queries or few_shapes:
-            order, places = (
-                x.to(device, non_blocking=True) for x in _standing(regions, sizes, start)
-            )
+            order, places = (x.to(device, non_blocking=True) for x in _standing(regions, sizes, start))
         alone = [n for lengths in segments for n in lengths]
         return cls(
             Spans.of(alone, alone, causal=True, device=device, few=few_shapes),

@@ -21,7 +21,9 @@ def _forward(g_ptr, u_ptr, y_ptr, width, g_stride, u_stride, BLOCK: tl.constexpr
 
 
 @triton.jit
-def _backward(dy_ptr, g_ptr, u_ptr, dg_ptr, du_ptr, width, g_stride, u_stride, out_stride, BLOCK: tl.constexpr):
+def _backward(
+    dy_ptr, g_ptr, u_ptr, dg_ptr, du_ptr, width, g_stride, u_stride, out_stride, BLOCK: tl.constexpr
+):
     row = tl.program_id(0).to(tl.int64)
     c = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = c < width

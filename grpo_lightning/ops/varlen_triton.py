@@ -1,6 +1,5 @@
 """The kernel that makes one softmax of two: `Dense.merge` of varlen.py is its twin."""
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor

@@ -11,8 +11,8 @@ from grpo_lightning.losses import RECIPES, CorrectionConfig, LossConfig
 from grpo_lightning.ops import fused_linear_logprobs, policy_loss_grad
 from grpo_lightning.ops.lora_linear import Adapted, lora_linears
 from grpo_lightning.ops.rms_norm import rms_norm
-from grpo_lightning.ops.swiglu import swiglu
 from grpo_lightning.ops.segments import SharedPrompts
+from grpo_lightning.ops.swiglu import swiglu
 from grpo_lightning.ops.varlen import Dense, Flash, shared_prompt_attention
 from grpo_lightning.policy import Policy
 

@@ -1,0 +1,157 @@
+"""The decoder's forward and backward as CUDA graphs, for models whose kernels end before Python has
+launched the next.
+
+A graph replays kernels at the addresses and sizes of its capture. So batches are filled up to few shapes
+(`SharedPrompts.of(few_shapes=True)`), each of which is captured once, and what differs between batches of one
+shape is copied in before a replay. All graphs share one pool of memory: the activations of one micro-batch
+are there at a time, hence a forward whose predecessor still waits for its backward runs without a graph.
+"""
+
+import weakref
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from grpo_lightning.ops.attention import PackedLayout
+from grpo_lightning.ops.segments import SharedPrompts
+
+MOST = 32
+"""shapes that are kept"""
+
+Decode = Callable[[Tensor, Tensor, PackedLayout], Tensor]
+"""ids and positions [T'] and their layout to hidden states [T', H]"""
+
+
+class Graphs:
+    """Replays a decoder; of what trains in it, only the values may change between replays."""
+
+    def __init__(self, decode: Decode, params: list[nn.Parameter]) -> None:
+        self._decode, self._params = decode, params
+        self._captured: OrderedDict[tuple[Any, ...], _Captured] = OrderedDict()
+        self._addresses: list[int] = []
+        self._pool: Any = None
+        self._running: Callable[[], Any] = lambda: None
+
+    def hidden(self, ids: Tensor, positions: Tensor, layout: PackedLayout) -> Tensor | None:
+        """Returns hidden states [T', H], or None while a backward of an earlier call is still to come.
+
+        They are overwritten by the next call.
+        """
+        if self._running() is not None:
+            return None
+        addresses = [p.data_ptr() for p in self._params]
+        if addresses != self._addresses:
+            self.forget()
+            self._addresses = addresses
+        shape = _shape(ids, layout)
+        graph = self._captured.get(shape)
+        if graph is None:
+            while len(self._captured) >= MOST:
+                self._captured.popitem(last=False)
+            self._pool = self._pool or torch.cuda.graph_pool_handle()
+            graph = _Captured(self._decode, self._params, ids, positions, layout, self._pool)
+            self._captured[shape] = graph
+        self._captured.move_to_end(shape)
+        call = _Call(graph, (ids, positions, *_ends(layout)))
+        self._running = weakref.ref(call)
+        return _Replay.apply(call, *self._params)  # pyright: ignore[reportReturnType]
+
+    def forget(self) -> None:
+        """Frees all graphs and their memory."""
+        self._captured.clear()
+        self._pool, self._addresses = None, []
+        self._running = lambda: None
+
+
+def _segments(layout: PackedLayout) -> SharedPrompts:
+    if layout.shared is None:
+        raise RuntimeError("graphs need attention over segments (model.kernels.attention)")
+    return layout.shared
+
+
+def _ends(layout: PackedLayout) -> tuple[Tensor, ...]:
+    """Returns what of a layout differs between batches of one shape."""
+    s = _segments(layout)
+    return s.alone.query, s.towards.query, s.towards.key
+
+
+def _shape(ids: Tensor, layout: PackedLayout) -> tuple[Any, ...]:
+    s = _segments(layout)
+    longest = tuple(x for spans in (s.alone, s.towards) for x in (spans.longest_query, spans.longest_key))
+    return (len(ids), s.prompts.start, s.completions.start, *longest, *(len(e) for e in _ends(layout)))
+
+
+class _Captured:
+    """One shape: its inputs, the graphs of both directions and what these leave behind."""
+
+    def __init__(
+        self,
+        decode: Decode,
+        params: list[nn.Parameter],
+        ids: Tensor,
+        positions: Tensor,
+        layout: PackedLayout,
+        pool: Any,
+    ) -> None:
+        self.inputs = [x.clone() for x in (ids, positions, *_ends(layout))]
+        ids, positions, alone, query, key = self.inputs
+        segments = _segments(layout)
+        segments = replace(
+            segments,
+            alone=segments.alone._replace(query=alone, key=alone),
+            towards=segments.towards._replace(query=query, key=key),
+        )
+        # without bounds, nothing can go group by group by what only this batch's host knows
+        layout = replace(layout, bounds=None, shared=segments)
+        with torch.enable_grad():
+            side = torch.cuda.Stream()
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):  # kernels are compiled and workspaces made outside of a capture
+                hidden = decode(ids, positions, layout)
+                torch.autograd.grad(hidden, params, torch.zeros_like(hidden))
+                del hidden
+            torch.cuda.current_stream().wait_stream(side)
+            torch.cuda.synchronize()
+            torch.cuda.empty_cache()
+            self.forward, self.backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.forward, pool=pool):
+                hidden = decode(ids, positions, layout)
+            self.dhidden = torch.zeros_like(hidden)
+            with torch.cuda.graph(self.backward, pool=pool):
+                found = torch.autograd.grad(hidden, params, self.dhidden)
+                self.gradients = torch.cat([g.flatten() for g in found])
+        self.hidden = hidden.detach()
+
+
+class _Call:
+    """One forward; alive until its backward has run or can run no more."""
+
+    def __init__(self, graph: _Captured, inputs: tuple[Tensor, ...]) -> None:
+        self.graph, self.inputs = graph, inputs
+
+
+class _Replay(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, call: _Call, *params: Tensor) -> Tensor:
+        for static, x in zip(call.graph.inputs, call.inputs, strict=True):
+            static.copy_(x)
+        call.graph.forward.replay()
+        ctx.call = call
+        ctx.shapes = [p.shape for p in params]
+        return call.graph.hidden.detach()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dhidden: Tensor) -> tuple[Tensor | None, ...]:
+        graph: _Captured = ctx.call.graph
+        ctx.call = None
+        graph.dhidden.copy_(dhidden)
+        graph.backward.replay()
+        # a copy: gradients outlive the next replay
+        parts = graph.gradients.clone().split([s.numel() for s in ctx.shapes])
+        return None, *(g.view(s) for g, s in zip(parts, ctx.shapes, strict=True))
