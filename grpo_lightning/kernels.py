@@ -27,6 +27,7 @@ AUTO = {
     "qkv": True,
     "swiglu": True,
     "norm": True,
+    "rotary": True,
     "compile": False,  # nothing over the kernels above, for a minute of warm-up
     "loss": True,
 }
@@ -50,6 +51,7 @@ class KernelConfig:
         qkv: the adapters of q, k and v read x once, and write its gradient into one buffer.
         swiglu: gate and up likewise, and silu(gate) up as one kernel each way.
         norm: RMSNorm as one kernel each way.
+        rotary: the rotary embeddings of q and k as one kernel each way.
         compile: torch.compile of every decoder layer, once for all lengths.
         loss: the Triton kernel of the loss, its gradient and its statistics in one launch.
         shared_prompts: a prompt goes through the model once for its group. `auto` copies it before every
@@ -62,6 +64,7 @@ class KernelConfig:
     qkv: str | bool = "auto"
     swiglu: str | bool = "auto"
     norm: str | bool = "auto"
+    rotary: str | bool = "auto"
     compile: str | bool = "auto"
     loss: str | bool = "auto"
     shared_prompts: str | bool = "auto"
