@@ -54,6 +54,7 @@ PIECES = (
     Piece("+ q, k, v share x", {"qkv": "on"}),
     Piece("+ gate, up share x, SwiGLU", {"swiglu": "on"}),
     Piece("+ RMSNorm", {"norm": "on"}),
+    Piece("+ rotary embeddings", {"rotary": "on"}),
     Piece("+ compiled layers", {"compile": "on"}),
     Piece("+ shared prompts", {"shared_prompts": "on"}),
 )

@@ -11,15 +11,24 @@ from grpo_lightning.losses import RECIPES, CorrectionConfig, LossConfig
 from grpo_lightning.ops import fused_linear_logprobs, policy_loss_grad
 from grpo_lightning.ops.lora_linear import Adapted, lora_linears
 from grpo_lightning.ops.rms_norm import rms_norm
+from grpo_lightning.ops.rotary import rotary
 from grpo_lightning.ops.swiglu import swiglu
 from grpo_lightning.ops.varlen import Dense, Flash, SharedPrompts, shared_prompt_attention
 from grpo_lightning.policy import Policy
 
 pytestmark = pytest.mark.gpu
 EVERYTHING = KernelConfig(
-    head="on", attention="on", lora="on", qkv="on", swiglu="on", norm="on", compile="on", loss="on"
+    head="on",
+    attention="on",
+    lora="on",
+    qkv="on",
+    swiglu="on",
+    norm="on",
+    rotary="on",
+    compile="on",
+    loss="on",
 )
-BODY = KernelConfig(attention="on", lora="on", qkv="on", swiglu="on", norm="on")
+BODY = KernelConfig(attention="on", lora="on", qkv="on", swiglu="on", norm="on", rotary="on")
 
 
 def relative(got, want):
@@ -107,6 +116,27 @@ def test_norm_and_swiglu_against_their_twins(dtype, shape):
             assert relative(a, b) < 2 * torch.finfo(dtype).eps
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    "shape", [(3001, 14, 2, 64), (700, 40, 8, 128), (65, 32, 32, 80), (1, 64, 8, 128), (9, 1, 1, 256)]
+)
+def test_rotary_against_its_twin(dtype, shape):
+    """Of slices of one product, with gradients [1, heads, T, D] and with one that is spread over all."""
+    tokens, heads, kv_heads, width = shape
+    product = draw(1, tokens, heads + 2 * kv_heads, width).to(dtype).requires_grad_()
+    angles = draw(1, tokens, width, seed=1)
+    cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
+    dy = [draw(1, n, tokens, width, seed=n).to(dtype).transpose(1, 2) for n in (heads, kv_heads)]
+    found = []
+    for backend in ("triton", "torch"):
+        parts = product[:, :, :heads], product[:, :, heads:-kv_heads]
+        out = rotary(*parts, cos, sin, backend)
+        spread = torch.autograd.grad(sum(y.sum() for y in out), product, retain_graph=True)
+        found.append([*out, *torch.autograd.grad(out, product, dy), *spread])
+    for a, b in zip(*found, strict=True):
+        assert relative(a, b) < 2 * torch.finfo(dtype).eps
+
+
 def test_head_in_chunks_with_softcap_and_temperatures():
     h, w = draw(1000, 512).bfloat16().requires_grad_(), (draw(32_001, 512, seed=1) * 0.1).bfloat16()
     ids = torch.randint(0, 32_001, (1000,), device="cuda")
@@ -192,7 +222,7 @@ def test_the_body_alone_takes_every_exchange_and_stays_as_near():
     exact = gradient(lora_policy(torch.float32), b)
     fast = lora_policy(kernels=BODY)
     names = [type(m).__name__ for m in fast.modules()]
-    for start, count in (("SharingFused", 10), ("Fused", 4), ("Swiglu", 2), ("Kernel", 5)):
+    for start, count in (("SharingFused", 10), ("Fused", 4), ("Swiglu", 2), ("Kernel", 5), ("Rotary", 2)):
         assert sum(n.startswith(start) for n in names) == count
     plain = relative(gradient(lora_policy(), b), exact)
     assert relative(gradient(fast, b), exact) < 1.5 * plain + 1e-3
