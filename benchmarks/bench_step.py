@@ -42,6 +42,8 @@ class Piece(NamedTuple):
     layout: str = "packed"
     adapters: torch.dtype = torch.float32
     """of this row alone"""
+    alone: dict[str, str] | None = None
+    """kernels of this row alone"""
 
 
 PIECES = (
@@ -54,8 +56,11 @@ PIECES = (
     Piece("+ q, k, v share x", {"qkv": "on"}),
     Piece("+ gate, up share x, SwiGLU", {"swiglu": "on"}),
     Piece("+ RMSNorm", {"norm": "on"}),
-    Piece("+ compiled layers", {"compile": "on"}),
+    Piece("+ rotary embeddings", {"rotary": "on"}),
     Piece("+ shared prompts", {"shared_prompts": "on"}),
+    Piece("  the same, compiled layers", {}, alone={"compile": "on"}),
+    Piece("+ CUDA graphs", {"graphs": "on"}),
+    Piece("  the same in 4 parts", {}, 4),
 )
 
 
@@ -104,7 +109,7 @@ def measure(shape: str, work: str, device: torch.device, repeats: int) -> dict[s
         policy.padded_reason = "asked for" if piece.layout == "padded" else None
         if piece.layout == "padded":
             policy._set_attention("sdpa")
-        policy.prepare(KernelConfig(**chosen), device)
+        policy.prepare(KernelConfig(**chosen | (piece.alone or {})), device)
 
         run = step_of(policy, batch, piece.parts)
         with adapters_in(policy, piece.adapters):

@@ -6,8 +6,8 @@ never by the name of an architecture, and where structure does not say what a fo
 on a few numbers first.
 """
 
-import inspect
 from collections.abc import Callable
+from copy import copy, deepcopy
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -15,6 +15,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
+from grpo_lightning.attention_layers import is_rotary_attention, one_kernel_rotary
 from grpo_lightning.lora_layers import Siblings, fused, is_lora, sharing, why_not_fused
 from grpo_lightning.ops.rms_norm import rms_norm
 from grpo_lightning.ops.swiglu import swiglu
@@ -84,34 +85,79 @@ def one_kernel_norm(stock: type[Any]) -> type:
     return type(f"Kernel{stock.__name__}", (stock,), {"forward": forward})
 
 
-def _other_results(become: Callable[[type], type], width: Callable[[Any], int]) -> Callable[..., str | None]:
-    """Returns what says whether a module's stock forward computes something else than the exchanged one."""
+def _other_results(
+    become: Callable[[type], type], run: Callable[[Any, Any], list[Any]]
+) -> Callable[[Any, bool], str | None]:
+    """Returns what says whether a module's stock forward computes something else than the exchanged one.
+
+    Args:
+        become: of a row.
+        run: what a module and a forward of it give for a few numbers: tensors, and what is to be equal.
+    """
 
     def stays(module: Any, autocast: bool) -> str | None:
         stock: type[Any] = type(module)
-        takes = list(inspect.signature(stock.forward).parameters.values())[2:]
-        if any(
-            p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) for p in takes
-        ):
-            return "its forward takes more than x"
-        x = _probe(width(module), _computes_in(module), next(module.parameters()).device)
+        fast: type[Any] = become(stock)
         training = [m for m in module.modules() if m.training]
         module.eval()
-        with torch.no_grad():
-            want = stock.forward(module, x).double()
-            gap = (become(stock).forward(module, x).double() - want).norm(dim=1) / want.norm(dim=1)  # pyright: ignore[reportAttributeAccessIssue]
-        for m in training:
-            m.training = True
-        return None if gap.max().item() <= 4 * torch.finfo(x.dtype).eps else "its forward is another one"
+        try:
+            with torch.no_grad():
+                want, got = run(module, stock.forward), run(module, fast.forward)
+        except Exception as error:  # whatever a forward of any model says to what it was not made for
+            return f"its forward takes something else: {type(error).__name__}"
+        finally:
+            for m in training:
+                m.training = True
+        tolerance = 4 * torch.finfo(_computes_in(module)).eps
+        same = len(want) == len(got) and all(map(_same, want, got, [tolerance] * len(want)))
+        return None if same else "its forward is another one"
 
     return stays
 
 
-def _probe(width: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Returns rows small enough for an epsilon to show, and large enough for a clamp to."""
-    numbers = torch.randn(8, width, generator=torch.Generator().manual_seed(0))
+def _same(want: Any, got: Any, tolerance: float) -> bool:
+    """Returns whether two things are equal, tensors [..., W] by the norms of their rows."""
+    if not isinstance(want, Tensor) or not isinstance(got, Tensor) or want.shape != got.shape:
+        return type(want) is type(got) and not isinstance(want, Tensor) and want == got
+    exact = want.double()
+    return bool(((got.double() - exact).norm(dim=-1) <= tolerance * exact.norm(dim=-1)).all())
+
+
+def _of_rows(width: Callable[[Any], int]) -> Callable[[Any, Any], list[Any]]:
+    """Returns what runs a module that takes x [N, width]."""
+    return lambda module, forward: [forward(module, _probe(width(module), module))]
+
+
+def _of_packed_rows(module: Any, forward: Any) -> list[Any]:
+    """Returns what an attention module calls its attention function with, and what it makes of the result."""
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    name = "grpo_lightning_seen"
+    ALL_ATTENTION_FUNCTIONS.register(name, _seen)
+    alone = copy(module)  # what follows is its own: the model's config and mode stay as they are
+    alone.config = deepcopy(module.config)
+    alone.config._attn_implementation = name
+    alone.training = True  # its children are not: dropout that the exchanged forward leaves out shows
+    x = _probe(module.q_proj.in_features, module)[None]
+    cos, sin = (_probe(module.head_dim, module, seed)[None] for seed in (1, 2))
+    seen: list[Any] = []
+    result = forward(alone, x, position_embeddings=(cos, sin), attention_mask=None, layout=seen)
+    return [*seen, *result]
+
+
+def _seen(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, layout: Any, **settings: Any
+) -> tuple[Tensor, None]:
+    """An attention function that notes what it is given in `layout`; every token sees itself alone."""
+    layout += [query, key, value, mask, {name: x for name, x in settings.items() if x is not None}]
+    return value.repeat_interleave(query.shape[1] // value.shape[1], 1).transpose(1, 2).contiguous(), None
+
+
+def _probe(width: int, module: Any, seed: int = 0) -> Tensor:
+    """Returns rows [8, width] small enough for an epsilon to show, and large enough for a clamp to."""
+    numbers = torch.randn(8, width, generator=torch.Generator().manual_seed(seed))
     scales = torch.tensor([1e-3, 0.1, 1.0, 10.0]).repeat(2)
-    return (numbers * scales[:, None]).to(device, dtype)
+    return (numbers * scales[:, None]).to(next(module.parameters()).device, _computes_in(module))
 
 
 def _computes_in(module: Any) -> torch.dtype:
@@ -123,8 +169,6 @@ def _computes_in(module: Any) -> torch.dtype:
     return (types or [torch.float32])[0]
 
 
-# Rotary embeddings are no row: transformers calls a function of its module for them, and nothing of it is
-# patched in place. Compiled layers fuse it.
 SWAPS = (  # in this order, each over what the rows above have made
     Swap("lora", _itself(is_lora), why_not_fused, fused),
     Swap("qkv", _adapted("q_proj", "k_proj", "v_proj"), why_not_fused, sharing, Siblings),
@@ -132,14 +176,22 @@ SWAPS = (  # in this order, each over what the rows above have made
     Swap(
         "swiglu",
         _itself(_is_swiglu),
-        _other_results(swiglu_mlp, lambda mlp: mlp.gate_proj.in_features),
+        _other_results(swiglu_mlp, _of_rows(lambda mlp: mlp.gate_proj.in_features)),
         swiglu_mlp,
     ),
     Swap(
         "norm",
         _itself(_is_rms_norm),
-        _other_results(one_kernel_norm, lambda norm: len(norm.weight)),
+        _other_results(one_kernel_norm, _of_rows(lambda norm: len(norm.weight))),
         one_kernel_norm,
+    ),
+    # transformers calls a function for rotary embeddings, and nothing of it is patched in place: what is
+    # exchanged is the attention module around the call.
+    Swap(
+        "rotary",
+        _itself(is_rotary_attention),
+        _other_results(one_kernel_rotary, _of_packed_rows),
+        one_kernel_rotary,
     ),
 )
 

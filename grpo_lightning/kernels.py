@@ -27,6 +27,7 @@ AUTO = {
     "qkv": True,
     "swiglu": True,
     "norm": True,
+    "rotary": True,
     "compile": False,  # nothing over the kernels above, for a minute of warm-up
     "loss": True,
     "graphs": False,  # their memory stays taken between steps
@@ -53,6 +54,7 @@ class KernelConfig:
         qkv: the adapters of q, k and v read x once, and write its gradient into one buffer.
         swiglu: gate and up likewise, and silu(gate) up as one kernel each way.
         norm: RMSNorm as one kernel each way.
+        rotary: the rotary embeddings of q and k as one kernel each way.
         compile: torch.compile of every decoder layer, once for all lengths.
         loss: the Triton kernel of the loss, its gradient and its statistics in one launch.
         graphs: the decoder's forward and backward as CUDA graphs, one per shape, of batches filled up to few
@@ -68,6 +70,7 @@ class KernelConfig:
     qkv: str | bool = "auto"
     swiglu: str | bool = "auto"
     norm: str | bool = "auto"
+    rotary: str | bool = "auto"
     compile: str | bool = "auto"
     loss: str | bool = "auto"
     graphs: str | bool = "auto"

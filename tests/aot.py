@@ -16,7 +16,14 @@ from triton.compiler import ASTSource
 
 from grpo_lightning.losses import KL_ESTIMATORS, RECIPES, CorrectionConfig, LossConfig
 from grpo_lightning.losses.corrections import LEVELS, MODES
-from grpo_lightning.ops import head_triton, policy_loss_triton, rms_norm_triton, swiglu_triton, varlen_triton
+from grpo_lightning.ops import (
+    head_triton,
+    policy_loss_triton,
+    rms_norm_triton,
+    rotary_triton,
+    swiglu_triton,
+    varlen_triton,
+)
 
 TARGET = GPUTarget("cuda", 90, 32)
 ROWS = {
@@ -38,7 +45,7 @@ def build(kernel: Any, signature: dict[str, Any], constants: dict[Any, Any], war
 
 
 def body() -> int:
-    """Compiles the kernels of SwiGLU and RMSNorm for every type and for narrow and wide rows."""
+    """Compiles the kernels of a decoder layer for every type and for narrow and wide rows."""
     count = 0
     for dtype in ("*bf16", "*fp16", "*fp32"):
         for kernel in (swiglu_triton._forward, swiglu_triton._backward):
@@ -69,6 +76,14 @@ def body() -> int:
                     warps,
                 )
             count += 3
+        tensors = ("q_ptr", "k_ptr", "cos_ptr", "sin_ptr", "q_out_ptr", "k_out_ptr")
+        numbers = ("rows", "q_row", "q_head", "k_row", "k_head")
+        signature = {**dict.fromkeys(tensors, dtype), **dict.fromkeys(numbers, "i32")}
+        for heads, back in itertools.product(((14, 2, 64), (40, 8, 128), (32, 32, 80)), (False, True)):
+            tile = dict(rotary_triton._tile(*heads))
+            warps = tile.pop("num_warps")
+            assert build(rotary_triton._turn, signature, {"BACK": back, **tile}, warps)
+            count += 1
     return count
 
 

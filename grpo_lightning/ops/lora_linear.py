@@ -3,8 +3,8 @@
     y_i = x W_i^T + b_i + s_i (x A_i^T) B_i^T
 The products x A_i^T are one, with the A_i over one another, and so are dA and their part of dx, which is
 added up in one buffer; so are the products with the W_i where these adjoin in memory (`lay_together`). The
-adapters' fp32 masters are rounded to the type of `x` for the products, whose results for A and B are fp32. The
-backward needs x, h = s x A^T and the rounded adapters, nothing as wide as y.
+adapters' fp32 masters are rounded to the type of `x` for the products, whose results for A and B are fp32.
+The backward needs x, h = s x A^T and the rounded adapters, nothing as wide as y.
 """
 
 from collections.abc import Sequence
@@ -76,7 +76,7 @@ def _scaled(x: Tensor, a: Tensor, ranks: list[int], scalings: tuple[float, ...])
 
 
 def lay_together(tensors: Sequence[Tensor]) -> None:
-    """Moves tensors, equal but for their first axis, into one memory, so that `adjoining` finds them whole."""
+    """Moves tensors, equal but for their first axis, into one memory, where `adjoining` finds them."""
     parts = torch.cat([t.detach() for t in tensors]).split([len(t) for t in tensors])
     for t, part in zip(tensors, parts, strict=True):
         t.data = part

@@ -1,5 +1,7 @@
 """The kernels on a GPU against fp64: `pytest -m gpu tests/gpu`, then `pytest tests/unit/test_*_triton.py`."""
 
+from dataclasses import asdict
+
 import pytest
 import torch
 from losses import REQUIRED, assert_as_twin, micro_batch
@@ -11,6 +13,7 @@ from grpo_lightning.losses import RECIPES, CorrectionConfig, LossConfig
 from grpo_lightning.ops import fused_linear_logprobs, policy_loss_grad
 from grpo_lightning.ops.lora_linear import Adapted, lora_linears
 from grpo_lightning.ops.rms_norm import rms_norm
+from grpo_lightning.ops.rotary import rotary
 from grpo_lightning.ops.segments import SharedPrompts
 from grpo_lightning.ops.swiglu import swiglu
 from grpo_lightning.ops.varlen import Dense, Flash, shared_prompt_attention
@@ -18,9 +21,17 @@ from grpo_lightning.policy import Policy
 
 pytestmark = pytest.mark.gpu
 EVERYTHING = KernelConfig(
-    head="on", attention="on", lora="on", qkv="on", swiglu="on", norm="on", compile="on", loss="on"
+    head="on",
+    attention="on",
+    lora="on",
+    qkv="on",
+    swiglu="on",
+    norm="on",
+    rotary="on",
+    compile="on",
+    loss="on",
 )
-BODY = KernelConfig(attention="on", lora="on", qkv="on", swiglu="on", norm="on")
+BODY = KernelConfig(attention="on", lora="on", qkv="on", swiglu="on", norm="on", rotary="on")
 
 
 def relative(got, want):
@@ -108,6 +119,27 @@ def test_norm_and_swiglu_against_their_twins(dtype, shape):
             assert relative(a, b) < 2 * torch.finfo(dtype).eps
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    "shape", [(3001, 14, 2, 64), (700, 40, 8, 128), (65, 32, 32, 80), (1, 64, 8, 128), (9, 1, 1, 256)]
+)
+def test_rotary_against_its_twin(dtype, shape):
+    """Of slices of one product, with gradients [1, heads, T, D] and with one that is spread over all."""
+    tokens, heads, kv_heads, width = shape
+    product = draw(1, tokens, heads + 2 * kv_heads, width).to(dtype).requires_grad_()
+    angles = draw(1, tokens, width, seed=1)
+    cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
+    dy = [draw(1, n, tokens, width, seed=n).to(dtype).transpose(1, 2) for n in (heads, kv_heads)]
+    found = []
+    for backend in ("triton", "torch"):
+        parts = product[:, :, :heads], product[:, :, heads:-kv_heads]
+        out = rotary(*parts, cos, sin, backend)
+        spread = torch.autograd.grad(sum(y.sum() for y in out), product, retain_graph=True)
+        found.append([*out, *torch.autograd.grad(out, product, dy), *spread])
+    for a, b in zip(*found, strict=True):
+        assert relative(a, b) < 2 * torch.finfo(dtype).eps
+
+
 def test_head_in_chunks_with_softcap_and_temperatures():
     h, w = draw(1000, 512).bfloat16().requires_grad_(), (draw(32_001, 512, seed=1) * 0.1).bfloat16()
     ids = torch.randint(0, 32_001, (1000,), device="cuda")
@@ -193,7 +225,7 @@ def test_the_body_alone_takes_every_exchange_and_stays_as_near():
     exact = gradient(lora_policy(torch.float32), b)
     fast = lora_policy(kernels=BODY)
     names = [type(m).__name__ for m in fast.modules()]
-    for start, count in (("SharingFused", 10), ("Fused", 4), ("Swiglu", 2), ("Kernel", 5)):
+    for start, count in (("SharingFused", 10), ("Fused", 4), ("Swiglu", 2), ("Kernel", 5), ("Rotary", 2)):
         assert sum(n.startswith(start) for n in names) == count
     plain = relative(gradient(lora_policy(), b), exact)
     assert relative(gradient(fast, b), exact) < 1.5 * plain + 1e-3
@@ -226,3 +258,66 @@ def test_nothing_compiles_after_the_third_step():
         assert known[1] > 0
     finally:
         triton.knobs.runtime.jit_post_compile_hook = None
+
+
+GRAPHS = KernelConfig(**{**asdict(BODY), "graphs": "on"})
+
+
+def adapter_gradient(policy, *batches):
+    policy.zero_grad()
+    for batch in batches:
+        policy.logprobs(batch).logprobs.square().sum().backward()
+    return {n: p.grad.clone() for n, p in policy.trainable().items()}
+
+
+def test_graphs_give_the_gradient_of_a_call():
+    """Few shapes, with other tokens and lengths each time."""
+    batches = [random_rollout(seed=s, prompts=2 + s % 2, longest=9).to("cuda") for s in range(6)]
+    policy = lora_policy(kernels=BODY)
+    want = [adapter_gradient(policy, b) for b in batches]
+    policy.prepare(GRAPHS, torch.device("cuda"))
+    for batch, expected in zip(batches, want, strict=True):
+        for name, got in adapter_gradient(policy, batch).items():
+            assert relative(got, expected[name]) < 3e-2, name
+    assert 1 <= len(policy.graphs._captured) < len(batches)
+
+
+def test_gradients_of_graphs_add_up():
+    policy, batch = lora_policy(kernels=GRAPHS), random_rollout(seed=1).to("cuda")
+    once, twice = adapter_gradient(policy, batch), adapter_gradient(policy, batch, batch)
+    for name, got in twice.items():
+        torch.testing.assert_close(got, 2 * once[name], rtol=1e-4, atol=1e-7)
+
+
+def test_graphs_see_what_the_optimizer_changed():
+    policy, batch = lora_policy(kernels=GRAPHS), random_rollout(seed=1).to("cuda")
+    before = policy.logprobs(batch).logprobs.detach()
+    adapter_gradient(policy, batch)
+    torch.optim.SGD(policy.trainable().values(), 0.01).step()
+    after = policy.logprobs(batch).logprobs.detach()
+    with torch.no_grad():
+        want = policy.logprobs(batch).logprobs
+    assert (after - before).abs().max() > 10 * (after - want).abs().max()
+
+
+def test_a_second_forward_before_the_backward_runs_without_a_graph():
+    policy = lora_policy(kernels=GRAPHS)
+    first, second = (random_rollout(seed=s).to("cuda") for s in (1, 2))
+    want = adapter_gradient(policy, first)
+    policy.zero_grad()
+    loss = policy.logprobs(first).logprobs.square().sum()
+    policy.logprobs(second)
+    loss.backward()
+    for name, p in policy.trainable().items():
+        assert relative(p.grad, want[name]) < 1e-3, name
+
+
+def test_graphs_with_checkpointed_layers():
+    policy, batch = lora_policy(kernels=GRAPHS), random_rollout(seed=1).to("cuda")
+    want = adapter_gradient(policy, batch)
+    checkpointed = lora_policy()
+    checkpointed.causal.gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
+    checkpointed.train()
+    checkpointed.prepare(GRAPHS, torch.device("cuda"))
+    for name, got in adapter_gradient(checkpointed, batch).items():
+        assert relative(got, want[name]) < 3e-2, name

@@ -16,11 +16,11 @@ from grpo_lightning.kernels import AUTO, KernelConfig
 from grpo_lightning.policy import Policy
 
 CPU = torch.device("cpu")
-BODY = ("lora", "qkv", "swiglu", "norm")
+BODY = ("lora", "qkv", "swiglu", "norm", "rotary")
 LAYERS = {  # modules of a decoder layer that each flag exchanges; Qwen3 has norms of q and k
-    "Llama": {"lora": 7, "qkv": 3, "swiglu": 3, "norm": 2},
-    "Qwen2": {"lora": 7, "qkv": 3, "swiglu": 3, "norm": 2},
-    "Qwen3": {"lora": 7, "qkv": 3, "swiglu": 3, "norm": 4},
+    "Llama": {"lora": 7, "qkv": 3, "swiglu": 3, "norm": 2, "rotary": 1},
+    "Qwen2": {"lora": 7, "qkv": 3, "swiglu": 3, "norm": 2, "rotary": 1},
+    "Qwen3": {"lora": 7, "qkv": 3, "swiglu": 3, "norm": 4, "rotary": 1},
 }
 
 
@@ -74,9 +74,8 @@ def assert_same(got, want, tolerance=1e-5):
 
 
 def exchanged(made):
-    return [
-        m for m in made.modules() if type(m).__name__.startswith(("Fused", "Sharing", "Swiglu", "Kernel"))
-    ]
+    made_of = ("Fused", "Sharing", "Swiglu", "Kernel", "Rotary")
+    return [m for m in made.modules() if type(m).__name__.startswith(made_of)]
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -84,7 +83,7 @@ def exchanged(made):
 def test_everything_on_gives_the_same_gradient(kind, checkpointing):
     fast = policy(kind, BODY, checkpointing)
     layers = LAYERS[kind]
-    assert len(exchanged(fast)) == 2 * (layers["lora"] + 1 + layers["norm"]) + 1
+    assert len(exchanged(fast)) == 2 * (layers["lora"] + layers["norm"] + 2) + 1
     want = run(policy(kind, (), checkpointing))
     for _ in range(2):
         assert_same(run(fast), want)
@@ -189,15 +188,17 @@ def test_stock_classes_come_back():
 
 
 def test_bf16_is_as_near_to_fp32_as_stock():
-    exact = run(policy("Qwen3"))
+    """On average: from one rollout to the next the gap changes by a tenth."""
+    plain = policy("Qwen3")
+    exact = [run(plain, seed) for seed in range(3, 9)]
     gaps = []
     for flags in ((), BODY):
-        found = run(policy("Qwen3", flags, dtype=torch.bfloat16))
-        assert all(x.dtype == torch.float32 for n, x in found.items() if "lora" in n)
-        gaps.append(
-            sum((found[n].double() - x.double()).norm() / x.double().norm() for n, x in exact.items())
-        )
-    assert gaps[1] < 1.2 * gaps[0]
+        half = policy("Qwen3", flags, dtype=torch.bfloat16)
+        found = [run(half, seed) for seed in range(3, 9)]
+        assert all(x.dtype == torch.float32 for n, x in found[0].items() if "lora" in n)
+        pairs = [(a[n].double(), x.double()) for a, b in zip(found, exact, strict=True) for n, x in b.items()]
+        gaps.append(sum((a - x).norm() / x.norm() for a, x in pairs))
+    assert gaps[1] < 1.15 * gaps[0]
 
 
 def test_dropout_stays_pefts_and_is_said():
@@ -219,7 +220,7 @@ def test_dropout_stays_pefts_and_is_said():
 def test_autocast(lora):
     """Norms and SwiGLU are exchanged under it too, where an input is of the type of the weight."""
     found = []
-    for flags in ((), ("swiglu", "norm")):
+    for flags in ((), ("swiglu", "norm", "rotary")):
         made = policy("Qwen3") if lora else Policy(causal("Qwen3"), tiny_tokenizer())
         made.precision = lambda: torch.autocast("cpu", torch.bfloat16)
         made.prepare(KernelConfig(**dict.fromkeys(flags, "on")), CPU)
@@ -232,7 +233,7 @@ def test_autocast(lora):
 
 def test_full_weights_train_the_norms_too():
     found = []
-    for flags in ((), ("swiglu", "norm")):
+    for flags in ((), ("swiglu", "norm", "rotary")):
         made = Policy(causal("Qwen3"), tiny_tokenizer())
         made.prepare(KernelConfig(**dict.fromkeys(flags, "on")), CPU)
         found.append(run(made))
@@ -250,13 +251,80 @@ def test_modules_that_compute_something_else_stay():
     assert_same(run(made), run(policy("Gemma")))
 
 
+@pytest.mark.parametrize(
+    ("kind", "changes", "stay"),
+    [
+        ("Gemma", {}, 0),  # its norms and its MLP are others, its attention is not
+        ("Cohere", {}, 2),  # turns neighbours, not halves
+        ("Glm", {}, 2),
+        ("Olmo2", {}, 2),  # has norms over all heads at once
+        ("Mistral", {"sliding_window": 8}, 2),  # reads its window off the config
+        ("Mistral", {"sliding_window": None}, 0),
+        ("Starcoder2", {}, 0),
+        ("Starcoder2", {"residual_dropout": 0.5}, 2),
+        ("SmolLM3", {"no_rope_layers": [1, 0]}, 1),
+        ("Qwen3", {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1}, 0),
+    ],
+)
+def test_attention_that_computes_something_else_stays(kind, changes, stay):
+    said = f"rotary: {stay} of 2 modules run their own forward"
+    found = []
+    for flags in ((), ["rotary"]):
+        made = Policy(causal(kind, **changes), tiny_tokenizer())
+        with pytest.warns(UserWarning, match=said) if flags and stay else nullcontext():
+            made.prepare(KernelConfig(**dict.fromkeys(flags, "on")), CPU)
+        assert len(exchanged(made)) == (2 - stay if flags else 0)
+        found.append(run(made.eval()))
+    assert_same(found[1], found[0], 2e-5)
+
+
+def test_the_probe_leaves_an_attention_as_it_was():
+    from grpo_lightning.exchange import one_kernel_rotary
+
+    (swap,) = (s for s in SWAPS if s.flag == "rotary")
+    model = causal("Qwen3", attention_dropout=0.25)
+    layer = model.model.layers[0].self_attn.train()
+    layer.q_norm.eval()
+    state, before = torch.get_rng_state(), dict(vars(layer))
+    assert swap.stays(layer, False) is None
+    assert vars(layer) == before
+    assert layer.config is model.config
+    assert model.config._attn_implementation == "sdpa"
+    assert [m.training for m in layer.modules()] == [True] * 5 + [False, True]
+    assert torch.equal(torch.get_rng_state(), state)
+    assert one_kernel_rotary(type(layer)) is swap.become(type(layer))
+
+
+def test_only_packed_rows_are_turned_by_the_op(monkeypatch):
+    from grpo_lightning import attention_layers
+
+    calls = []
+    stock = attention_layers.rotary
+    monkeypatch.setattr(attention_layers, "rotary", lambda *args: calls.append(args) or stock(*args))
+    made = policy("Qwen2", ["rotary"])
+    calls.clear()
+    run(made)
+    assert len(calls) == 2
+    with made.generating() as model, torch.no_grad():
+        ids = torch.tensor([[3, 4, 5], [6, 7, 8]])
+        model(input_ids=ids, use_cache=False)
+        model.generate(input_ids=ids, max_new_tokens=2, do_sample=False, pad_token_id=0)
+    layer = made.causal.model.layers[0].self_attn
+    narrow = torch.ones(1, 3, layer.head_dim // 2)  # of partial rotary embeddings
+    with pytest.raises(RuntimeError, match="size of tensor"):
+        layer(
+            torch.ones(1, 3, 32), position_embeddings=(narrow, narrow), attention_mask=None, layout=object()
+        )
+    assert len(calls) == 2
+
+
 def test_the_kernels_in_a_model(monkeypatch):
     """Under Triton's interpreter, where a model on a CPU takes the twins otherwise."""
     pytest.importorskip("triton")
-    from grpo_lightning.ops import rms_norm, swiglu
+    from grpo_lightning.ops import rms_norm, rotary, swiglu
 
     made = policy("Qwen3", BODY)
-    for op in (rms_norm, swiglu):
+    for op in (rms_norm, rotary, swiglu):
         monkeypatch.setattr(op, "use_triton", lambda device, backend: True)
     assert_same(run(made), run(policy("Qwen3")))
 
@@ -279,7 +347,7 @@ def test_a_4_bit_base(monkeypatch):
                 p.data.copy_(torch.randn(p.shape, generator=g) * 0.2)
         made = Policy(model, tiny_tokenizer())
         made.prepare(KernelConfig(**dict.fromkeys(flags, "on")), CPU)
-        assert len(exchanged(made)) == (2 * (5 + 1 + 2) + 1 if flags else 0)
+        assert len(exchanged(made)) == (2 * (5 + 1 + 2 + 1) + 1 if flags else 0)
         found.append(run(made))
     assert_same(found[1], found[0], 1e-4)
 

@@ -1,9 +1,10 @@
-"""SwiGLU and RMSNorm: twins and kernels against fp64, twins against stock modules."""
+"""SwiGLU, RMSNorm and rotary embeddings: twins and kernels against fp64, twins against stock modules."""
 
 import pytest
 import torch
 
 from grpo_lightning.ops.rms_norm import rms_norm
+from grpo_lightning.ops.rotary import rotary
 from grpo_lightning.ops.swiglu import swiglu
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -25,6 +26,7 @@ def near(got, want, dtype):
 def backends():
     try:
         import grpo_lightning.ops.rms_norm_triton
+        import grpo_lightning.ops.rotary_triton
         import grpo_lightning.ops.swiglu_triton  # noqa: F401
     except ImportError:
         return ["torch"]
@@ -134,11 +136,93 @@ def test_the_gradient_of_a_norms_weight_is_the_same_every_time(backend):
     assert torch.equal(*found)
 
 
+def eager_rotary(q, k, cos, sin):
+    """As in transformers, over [T, heads, D]."""
+
+    def turned(x):
+        a, b = x.chunk(2, -1)
+        return x * cos[:, None] + torch.cat((-b, a), -1) * sin[:, None]
+
+    return turned(q), turned(k)
+
+
+def heads(tokens, q_heads, kv_heads, width, dtype):
+    """Returns q, k, cos and sin; the halves of a head have angles of their own."""
+    q, k = (draw(tokens, n, width, seed=i, dtype=dtype, scale=3.0) for i, n in enumerate((q_heads, kv_heads)))
+    angles = draw(tokens, width, seed=2, scale=3.0)
+    return q.requires_grad_(), k.requires_grad_(), angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+@pytest.mark.parametrize("backend", backends())
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "shape",
+    [
+        (5, 4, 2, 16),
+        (1, 1, 1, 2),
+        (7, 14, 2, 64),
+        (3, 3, 3, 80),
+        (2, 40, 8, 128),
+        (33, 6, 1, 6),
+        (0, 4, 2, 8),
+    ],
+)
+def test_rotary_against_fp64(backend, dtype, shape):
+    q, k, cos, sin = heads(*shape, dtype)
+    got = rotary(q, k, cos, sin, backend)
+    wide = [t.detach().double().requires_grad_() for t in (q, k)]
+    want = eager_rotary(*wide, cos.double(), sin.double())
+    dy = [draw(*y.shape, seed=4 + i, dtype=dtype) for i, y in enumerate(got)]
+    back = torch.autograd.grad(got, (q, k), dy)
+    exact = torch.autograd.grad(want, wide, [d.double() for d in dy])
+    for a, b, t in zip((*got, *back), (*want, *exact), (q, k, q, k), strict=True):
+        assert a.dtype == dtype
+        assert a.shape == t.shape
+        assert a.is_contiguous()
+        near(a, b, dtype)
+
+
+@pytest.mark.parametrize("backend", backends())
+def test_rotary_of_slices_and_with_strided_and_expanded_gradients(backend):
+    """As they come: parts of one product, gradients [1, heads, T, D] or spread over tokens or heads."""
+    *_, cos, sin = heads(9, 4, 2, 16, torch.float32)
+    product = draw(9, 8 * 16).requires_grad_()
+    parts = product.view(1, 9, 8, 16)
+    got = rotary(parts[:, :, :4], parts[:, :, 4:6], cos[None], sin[None], backend)
+    wide = product.detach().double().requires_grad_()
+    rows = wide.view(9, 8, 16)
+    want = eager_rotary(rows[:, :4], rows[:, 4:6], cos.double(), sin.double())
+    gradients = (
+        [draw(1, n, 9, 16, seed=n).transpose(1, 2) for n in (4, 2)],
+        [draw(1, 1, n, 16, seed=n).expand(1, 9, n, 16) for n in (4, 2)],
+        [draw(1, 9, 1, 16, seed=n).expand(1, 9, n, 16) for n in (4, 2)],
+        [draw(1, 9, n, 1, seed=n).expand(1, 9, n, 16) for n in (4, 2)],
+        [draw(1, 9, n, 32, seed=n)[..., ::2] for n in (4, 2)],
+        [torch.ones((), device=DEVICE).expand(1, 9, n, 16) for n in (4, 2)],
+    )
+    for a, b in zip(got, want, strict=True):
+        near(a[0], b, torch.float32)
+    for dy in gradients:
+        (back,) = torch.autograd.grad(got, product, dy, retain_graph=True)
+        (exact,) = torch.autograd.grad(want, wide, [d[0].double() for d in dy], retain_graph=True)
+        near(back, exact, torch.float32)
+
+
+@pytest.mark.parametrize("backend", backends())
+def test_rotary_where_one_of_both_has_a_gradient(backend):
+    q, k, cos, sin = heads(5, 4, 2, 8, torch.float32)
+    both = torch.autograd.grad(rotary(q, k, cos, sin, backend)[0].square().sum(), q)[0]
+    alone = rotary(q, k.detach(), cos, sin, backend)[0].square().sum()
+    assert torch.equal(torch.autograd.grad(alone, q)[0], both)
+
+
 def test_gradcheck():
     x, w = draw(3, 5, dtype=torch.float64).requires_grad_(), draw(5, seed=1, dtype=torch.float64)
     assert torch.autograd.gradcheck(lambda x, w: rms_norm(x, w, 1e-6, "torch"), (x, w.requires_grad_()))
     u = draw(3, 5, seed=2, dtype=torch.float64).requires_grad_()
     assert torch.autograd.gradcheck(lambda g, u: swiglu(g, u, "torch"), (x, u))
+    q, k, cos, sin = heads(3, 2, 1, 6, torch.float64)
+    assert torch.autograd.gradcheck(lambda q, k: rotary(q, k, cos, sin, "torch"), (q, k))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
