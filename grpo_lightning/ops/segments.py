@@ -30,10 +30,11 @@ class Spans(NamedTuple):
             host = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
             return host.to(device, non_blocking=True)
 
-        longest = [max(lengths, default=0) for lengths in (query, key)]
-        if few:
-            longest = [1 << (n - 1).bit_length() if n else 0 for n in longest]
-        return cls(ends(query), ends(key), *longest, causal)
+        def longest(lengths: list[int]) -> int:
+            n = max(lengths, default=0)
+            return 1 << (n - 1).bit_length() if few and n else n
+
+        return cls(ends(query), ends(key), longest(query), longest(key), causal)
 
 
 @dataclass(frozen=True, slots=True)
