@@ -48,7 +48,7 @@ class Piece(NamedTuple):
 
 PIECES = (
     Piece("padded, PEFT, torch head, 4 parts", {}, 4, "padded"),
-    Piece("+ Triton head", {"head": "on"}, 4, "padded"),
+    Piece("+ Triton head and loss", {"head": "on", "loss": "on"}, 4, "padded"),
     Piece("+ packed, prompts copied", {"attention": "on"}, 4),
     Piece("  the same, adapters kept in bf16", {}, 4, adapters=torch.bfloat16),
     Piece("+ fused LoRA", {"lora": "on"}, 4),
@@ -67,13 +67,14 @@ PIECES = (
 def step_of(policy: Policy, batch: RolloutBatch, parts: int) -> Callable[[], None]:
     """Returns what runs one step."""
     adapters = list(policy.trainable().values())
+    loss_kernel = "triton" if policy.prepared.chosen["loss"] else "torch"
 
     def step() -> None:
         for p in adapters:
             p.grad = None
         for part in batch.split(parts):
             logprobs, entropy, _ = policy.logprobs(part)
-            policy_loss(logprobs, part, LossConfig("dapo"), entropy).loss.backward()
+            policy_loss(logprobs, part, LossConfig("dapo"), entropy, backend=loss_kernel).loss.backward()
 
     return step
 

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 from grpo_lightning.attention_layers import is_rotary_attention, one_kernel_rotary
 from grpo_lightning.lora_layers import Siblings, fused, is_lora, sharing, why_not_fused
-from grpo_lightning.ops.rms_norm import rms_norm
 from grpo_lightning.ops.swiglu import swiglu
 
 
@@ -75,12 +74,12 @@ def swiglu_mlp(stock: type[Any]) -> type:
 
 @cache
 def one_kernel_norm(stock: type[Any]) -> type:
-    """Returns a norm as one kernel; compiled layers have one already."""
+    """Returns a norm as torch's own kernel, which rounds once; compiled layers have one already."""
 
     def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if args or kwargs or x.dtype != self.weight.dtype or torch.compiler.is_compiling():
             return stock.forward(self, x, *args, **kwargs)
-        return rms_norm(x, self.weight, _epsilon(self) or 0.0)
+        return torch.nn.functional.rms_norm(x, self.weight.shape, self.weight, _epsilon(self) or 0.0)
 
     return type(f"Kernel{stock.__name__}", (stock,), {"forward": forward})
 

@@ -53,7 +53,8 @@ def load_policy(
     if gradient_checkpointing:
         # transformers 5.23 renames it and warns about the old name.
         enable = getattr(causal, "activation_checkpointing_enable", causal.gradient_checkpointing_enable)
-        enable({"use_reentrant": False})
+        random = not disable_dropout or (lora is not None and bool(lora.lora_dropout))
+        enable({"use_reentrant": False, "preserve_rng_state": random})
     if gradient_checkpointing == "offload":
         _offload(causal)
     model = causal

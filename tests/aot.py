@@ -19,7 +19,6 @@ from grpo_lightning.losses.corrections import LEVELS, MODES
 from grpo_lightning.ops import (
     head_triton,
     policy_loss_triton,
-    rms_norm_triton,
     rotary_triton,
     swiglu_triton,
     varlen_triton,
@@ -59,23 +58,6 @@ def body() -> int:
             varlen_triton._merge, {**tensors, **integers}, {"ROWS": varlen_triton.ROWS, "WIDTH": 64}, 1
         )
         count += 1
-        for width in (64, 128, 896, 8192):
-            tile = rms_norm_triton._tile(width)
-            warps = tile.pop("num_warps")
-            shared = {"inverse_ptr": "*fp32", "rows": "i32", "width": "i32", "x_stride": "i32"}
-            signature = {**dict.fromkeys(("x_ptr", "weight_ptr", "y_ptr"), dtype), **shared, "eps": "fp32"}
-            assert build(rms_norm_triton._forward, signature, tile, warps)
-            tensors = dict.fromkeys(("dy_ptr", "x_ptr", "weight_ptr", "dx_ptr"), dtype)
-            signature = {**tensors, **shared, "dy_stride": "i32", "tiles": "i32"}
-            for weight in (False, True):
-                partial = {"partial_ptr": "*fp32" if weight else dtype}
-                assert build(
-                    rms_norm_triton._backward,
-                    {**signature, **partial},
-                    {"WANT_WEIGHT": weight, **tile},
-                    warps,
-                )
-            count += 3
         tensors = ("q_ptr", "k_ptr", "cos_ptr", "sin_ptr", "q_out_ptr", "k_out_ptr")
         numbers = ("rows", "q_row", "q_head", "k_row", "k_head")
         signature = {**dict.fromkeys(tensors, dtype), **dict.fromkeys(numbers, "i32")}

@@ -148,7 +148,7 @@ class Cutter:
         """Returns the one for a fit; it meters where that can change something and the gradient stays."""
         most = trainer.accumulate_grad_batches
         make = METERS.get(module.device.type) if wanted == "auto" and most > 1 else None
-        if make is None or not module.loss.split_invariant:
+        if make is None or not module.loss.split_invariant or module.policy.graphs is not None:
             return cls(wanted, most)
         return cls(wanted, most, module.policy, make(module.device, module.policy.trainable().values()))
 

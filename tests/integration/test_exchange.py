@@ -321,10 +321,10 @@ def test_only_packed_rows_are_turned_by_the_op(monkeypatch):
 def test_the_kernels_in_a_model(monkeypatch):
     """Under Triton's interpreter, where a model on a CPU takes the twins otherwise."""
     pytest.importorskip("triton")
-    from grpo_lightning.ops import rms_norm, rotary, swiglu
+    from grpo_lightning.ops import rotary, swiglu
 
     made = policy("Qwen3", BODY)
-    for op in (rms_norm, rotary, swiglu):
+    for op in (rotary, swiglu):
         monkeypatch.setattr(op, "use_triton", lambda device, backend: True)
     assert_same(run(made), run(policy("Qwen3")))
 
