@@ -276,6 +276,16 @@ class RolloutBatch:
         ends = list(groups.values())
         return self.take(sorted({s for own in (*ends[:1], *ends[-1:]) for s in own[:2]}))
 
+    def shortest_pair(self) -> "RolloutBatch":
+        """Returns the two completions of one group that make the fewest rows; one where no group has two."""
+        best: tuple[int, list[int]] = (0, [])
+        for g, own in enumerate(members_of(self.host_groups, len(self.prompt_lengths))):
+            pair = sorted((s for s in own if self.lengths[s]), key=lambda s: self.lengths[s])[:2]
+            rows = self.prompt_lengths[g] + sum(self.lengths[s] for s in pair)
+            if (-len(pair), rows) < (-len(best[1]), best[0]):
+                best = rows, pair
+        return self.take(sorted(best[1]))
+
     def rescored(self, log_kept: Tensor) -> "RolloutBatch":
         """Returns the batch with `sampler_logprobs` over the whole vocabulary.
 

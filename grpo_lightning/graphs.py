@@ -14,6 +14,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
@@ -66,6 +67,37 @@ class Graphs:
         self._captured.clear()
         self._pool, self._addresses = None, []
         self._running = lambda: None
+
+
+def make_graphs(policy: Any, autocast: bool) -> Graphs | None:
+    """Returns graphs of the decoder of a `Policy`, or None where it cannot be replayed, and says why."""
+    config, decoder, chosen = policy.causal.config, policy.causal.get_decoder(), policy.prepared.chosen
+    params = [p for p in decoder.parameters() if p.requires_grad]
+    obstacles = {
+        f"it runs padded, because {policy.padded_reason}": policy.padded_reason is not None,
+        "attention over segments is off": not chosen["attention"],
+        "layers are compiled": chosen["compile"],
+        "it trains under autocast": autocast,
+        "it trains without an adapter": not policy.is_lora,
+        "its adapters are of several types": len({p.dtype for p in params}) != 1,
+        "it drops out": policy.drops_out,
+        "it has a sliding window": getattr(config, "sliding_window", None) is not None,
+    }
+    reasons = [reason for reason, holds in obstacles.items() if holds]
+    if reasons:
+        rank_zero_warn(f"model.kernels.graphs: the decoder runs without graphs ({', '.join(reasons)})")
+        return None
+
+    def decode(ids: Tensor, positions: Tensor, layout: PackedLayout) -> Tensor:
+        return decoded(decoder, ids, positions, layout)
+
+    return Graphs(decode, params)
+
+
+def decoded(decoder: Any, ids: Tensor, positions: Tensor, layout: PackedLayout) -> Tensor:
+    """Returns the hidden states [T, H] of one packed row."""
+    out = decoder(input_ids=ids[None], position_ids=positions[None], use_cache=False, layout=layout)
+    return out.last_hidden_state[0]
 
 
 def _segments(layout: PackedLayout) -> SharedPrompts:

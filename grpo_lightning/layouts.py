@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from grpo_lightning.batch import RolloutBatch
-from grpo_lightning.graphs import Graphs
+from grpo_lightning.graphs import Graphs, decoded
 from grpo_lightning.ops.attention import PackedLayout, packed_attention
 
 PACKED = "grpo_lightning_packed"
@@ -89,13 +89,7 @@ def packed_hidden(
         order = layout.shared.order
         ids, positions, targets = ids[order], positions[order], layout.shared.places[targets]
     hidden = None if graphs is None else graphs.hidden(ids, positions, layout)
-    return (decode(decoder, ids, positions, layout) if hidden is None else hidden)[targets]
-
-
-def decode(decoder: Any, ids: Tensor, positions: Tensor, layout: PackedLayout) -> Tensor:
-    """Returns the hidden states [T, H] of one packed row."""
-    out = decoder(input_ids=ids[None], position_ids=positions[None], use_cache=False, layout=layout)
-    return out.last_hidden_state[0]
+    return (decoded(decoder, ids, positions, layout) if hidden is None else hidden)[targets]
 
 
 def padded_hidden(decoder: Any, batch: RolloutBatch, pad_id: int) -> Tensor:

@@ -4,20 +4,17 @@ forward."""
 import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from grpo_lightning.batch import RolloutBatch
 from grpo_lightning.errors import ConfigError
-from grpo_lightning.graphs import Graphs
+from grpo_lightning.graphs import Graphs, make_graphs
 from grpo_lightning.kernels import KernelConfig, Prepared
 from grpo_lightning.layouts import (
     PACKED,
-    decode,
     needs_padding,
     packed_hidden,
     padded_hidden,
@@ -83,26 +80,7 @@ class Policy(nn.Module):
         self.prepared = Prepared(self.model, self.causal.get_decoder(), kernels.chosen(device), autocast)
         if self.padded_reason is None and self.prepared.chosen["compile"]:
             register_packed_attention(compiled_layers=True)
-        self.graphs = self._make_graphs(autocast) if self.prepared.chosen["graphs"] else None
-
-    def _make_graphs(self, autocast: bool) -> Graphs | None:
-        decoder = self.causal.get_decoder()
-        params = [p for p in decoder.parameters() if p.requires_grad]
-        obstacles = {
-            self.padded_reason or "": self.padded_reason is not None,
-            "attention over segments is off": not self.prepared.chosen["attention"],
-            "layers are compiled": self.prepared.chosen["compile"],
-            "it trains under autocast": autocast,
-            "it trains without an adapter": not self.is_lora,
-            "its adapters are of several types": len({p.dtype for p in params}) != 1,
-            "it drops out": self.drops_out,
-            "it has a sliding window": getattr(self.causal.config, "sliding_window", None) is not None,
-        }
-        reasons = [reason for reason, holds in obstacles.items() if holds]
-        if reasons:
-            rank_zero_warn(f"model.kernels.graphs: the decoder runs without graphs ({', '.join(reasons)})")
-            return None
-        return Graphs(partial(decode, decoder), params)
+        self.graphs = make_graphs(self, autocast) if self.prepared.chosen["graphs"] else None
 
     @property
     def causal(self) -> Any:
@@ -177,8 +155,8 @@ class Policy(nn.Module):
         if self.padded_reason is None:
             segments = self.prepared.chosen["attention"]
             shared = batch if self.kernels.shares(batch.outline, segments) else batch.unshared()
-            graphs = self.graphs if torch.is_grad_enabled() and self.prepared.chosen["graphs"] else None
-            return packed_hidden(decoder, shared, segments=segments, graphs=graphs)
+            replayed = self.graphs if torch.is_grad_enabled() and self.prepared.chosen["graphs"] else None
+            return packed_hidden(decoder, shared, segments=segments, graphs=replayed)
         return padded_hidden(decoder, batch, self.pad_id)
 
     def sizes(self, shape: Outline) -> tuple[int, int, int]:
@@ -192,9 +170,9 @@ class Policy(nn.Module):
 
     def logprobs(self, batch: RolloutBatch, *, entropy_grad: bool = False) -> TokenScores:
         """Returns log-probabilities and entropies of the batch's completion tokens."""
-        return self._scores(self.completion_hidden(batch), batch, entropy_grad)
+        return self.scores(self.completion_hidden(batch), batch, entropy_grad)
 
-    def _scores(self, hidden: Tensor, batch: RolloutBatch, entropy_grad: bool) -> TokenScores:
+    def scores(self, hidden: Tensor, batch: RolloutBatch, entropy_grad: bool) -> TokenScores:
         head = self.causal.get_output_embeddings()
         weight, bias = head.weight, getattr(head, "bias", None)
         if not len(hidden):  # `_nothing` is tied to a head that trains; no gradient of its size is made here
@@ -254,18 +232,6 @@ class Policy(nn.Module):
             self.model.train(training)
             if self.padded_reason is None:
                 self._set_attention(PACKED)
-
-    def distance_from_plain(self, batch: RolloutBatch) -> Tensor:
-        """Returns |log-probability - that of the model as loaded, one completion per row| [N], in nats."""
-        training = self.model.training
-        self.model.eval()
-        with self.measuring():
-            fast = self.logprobs(batch).logprobs
-            with self.prepared.plain(), self.generating():
-                rows = padded_hidden(self.causal.get_decoder(), batch, self.pad_id)
-                plain = self._scores(rows, batch, entropy_grad=False).logprobs
-        self.model.train(training)
-        return (fast - plain).abs()
 
     def check_head(self) -> None:
         """Raises unless the head as this library runs it gives the model's own logits, on a few tokens."""

@@ -1,10 +1,13 @@
 """Numbers that must agree: the prepared model's with the model as loaded, the engine's with the trainer's."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from grpo_lightning.batch import RolloutBatch
 from grpo_lightning.errors import GRPOError
+from grpo_lightning.layouts import padded_hidden
 from grpo_lightning.metrics import over_ranks
 from grpo_lightning.policy import Policy
 from grpo_lightning.stats import Stat, extreme, mean
@@ -13,29 +16,82 @@ LARGEST_DISTANCE = {torch.float64: 1e-3, torch.float32: 1e-3, torch.float16: 0.0
 """mean distance, in nats, of two forwards that differ by rounding alone"""
 
 
-def first_step_distance(policy: Policy, rollout: RolloutBatch) -> dict[str, float]:
-    """Returns how far, in nats, a few completions are from the model as it was loaded; all ranks together.
+LARGEST_TURN = {torch.float64: 1e-3, torch.float32: 1e-2, torch.float16: 0.3, torch.bfloat16: 0.3}
+"""distance of two gradients that differ by rounding alone, of their length"""
+GRADIENT_ROWS = 4096
+"""the most rows of which gradients are compared: nothing is recomputed in that pass"""
 
-    Empty where no rank has a completion.
+
+def first_step_distance(policy: Policy, rollout: RolloutBatch) -> dict[str, float]:
+    """Returns how far a few completions are from the model as it was loaded; all ranks together.
+
+    Log-probabilities in nats, the gradient of the sum of two completions' in parts of its length. Empty where
+    no rank has a completion; without the gradient where a model drops out or completions are long.
 
     Raises:
-        GRPOError: the distance is more than rounding explains, on every rank.
+        GRPOError: a distance is more than rounding explains.
     """
     few, stats = rollout.few(), {}
     if few.lengths:
-        stats = _distance("check/logprob_distance", policy.distance_from_plain(few))
+        stats = _distance("check/logprob_distance", logprob_distance(policy, few))
+        pair = rollout.shortest_pair()
+        if not policy.drops_out and pair.outline.unshared().num_tokens <= GRADIENT_ROWS:
+            stats["check/gradient_distance"] = extreme("max", gradient_distance(policy, pair))
     found = over_ranks(stats)  # all ranks together: if one stops, all do
     if not found and not stats:
         return {}
-    distance, allowed = found.get("check/logprob_distance_mean", float("nan")), _largest_distance(policy)
-    if not distance <= allowed:
-        on = [key for key, chosen in policy.prepared.chosen.items() if chosen and key != "loss"]
-        raise GRPOError(
-            f"the packed forward gives log-probabilities that are {distance:.3g} nats on average from the "
-            f"model's own; at most {allowed:g} is rounding. Kernels: {', '.join(on) or 'none'}; switch them "
-            "off (model.kernels) or use another architecture"
-        )
+    limits = (
+        ("check/logprob_distance_mean", "nats in log-probabilities", _largest_distance(policy), float("nan")),
+        ("check/gradient_distance", "of the length of a gradient", LARGEST_TURN[policy.compute_dtype], 0.0),
+    )
+    for name, unit, allowed, missing in limits:
+        distance = found.get(name, missing)
+        if not distance <= allowed:
+            on = [key for key, chosen in policy.prepared.chosen.items() if chosen and key != "loss"]
+            raise GRPOError(
+                f"the packed forward is {distance:.3g} {unit} from the model as loaded; at most {allowed:g} "
+                f"is rounding. Kernels: {', '.join(on) or 'none'}; switch them off (model.kernels) or use "
+                "another architecture"
+            )
     return found
+
+
+def logprob_distance(policy: Policy, batch: RolloutBatch) -> Tensor:
+    """Returns |log-probability - that of the model as loaded, one completion per row| [N], in nats."""
+    with torch.no_grad():
+        return (_prepared(policy, batch) - _plain(policy, batch)).abs()
+
+
+def gradient_distance(policy: Policy, batch: RolloutBatch) -> Tensor:
+    """Returns |g - g'| / |g'|, with g' the gradient of the model as loaded, of summed log-probabilities."""
+    params = list(policy.trainable().values())
+
+    def gradient(logprobs: Callable[[Policy, RolloutBatch], Tensor]) -> Tensor:
+        with torch.enable_grad():
+            total = logprobs(policy, batch).sum()
+            graph = total.requires_grad
+            found = torch.autograd.grad(total, params, allow_unused=True) if graph else [None] * len(params)
+        pairs = zip(found, params, strict=True)
+        return torch.cat([(torch.zeros_like(p) if g is None else g).flatten() for g, p in pairs]).float()
+
+    want = gradient(_plain)
+    return (gradient(_prepared) - want).norm() / want.norm().clamp_min(1e-30)
+
+
+def _prepared(policy: Policy, batch: RolloutBatch) -> Tensor:
+    gradients, training = torch.is_grad_enabled(), policy.model.training
+    policy.model.eval()
+    with policy.measuring(), torch.set_grad_enabled(gradients):
+        found = policy.logprobs(batch).logprobs
+    policy.model.train(training)
+    return found
+
+
+def _plain(policy: Policy, batch: RolloutBatch) -> Tensor:
+    gradients = torch.is_grad_enabled()
+    with policy.prepared.plain(), policy.generating(), torch.set_grad_enabled(gradients):
+        rows = padded_hidden(policy.causal.get_decoder(), batch, policy.pad_id)
+        return policy.scores(rows, batch, entropy_grad=False).logprobs
 
 
 def _largest_distance(policy: Policy) -> float:

@@ -14,6 +14,7 @@ from tiny import tiny_tokenizer
 from grpo_lightning.exchange import SWAPS
 from grpo_lightning.kernels import AUTO, KernelConfig
 from grpo_lightning.policy import Policy
+from grpo_lightning.verification import logprob_distance
 
 CPU = torch.device("cpu")
 BODY = ("lora", "qkv", "swiglu", "norm", "rotary")
@@ -178,7 +179,7 @@ def test_stock_classes_come_back():
     with fast.prepared.plain():
         assert [type(m) for m in fast.modules()] == loaded
     assert [type(m) for m in fast.modules()] == made
-    assert fast.distance_from_plain(random_rollout(seed=2)).max() < 1e-5
+    assert logprob_distance(fast, random_rollout(seed=2)).max() < 1e-5
     twin = copy.deepcopy(fast)
     assert_same(run(twin), run(fast))
     fast.prepared.restore()

@@ -9,6 +9,7 @@ from tiny import tiny_tokenizer
 from grpo_lightning.errors import ConfigError, GRPOError
 from grpo_lightning.kernels import AUTO, KernelConfig
 from grpo_lightning.policy import Policy
+from grpo_lightning.verification import logprob_distance
 
 CPU = torch.device("cpu")
 
@@ -83,7 +84,7 @@ def test_compiled_layers_compute_the_same_and_compile_once(monkeypatch):
     with policy.generating() as causal:  # decoding compiles nothing
         causal(input_ids=torch.tensor([[3, 4, 5]]))
     assert counters["stats"]["unique_graphs"] == graphs
-    assert policy.distance_from_plain(random_rollout(seed=4)).max() < 1e-4
+    assert logprob_distance(policy, random_rollout(seed=4)).max() < 1e-4
 
 
 def test_prompts_shared_or_copied_give_the_same():
@@ -115,6 +116,32 @@ def test_the_first_step_is_compared_with_the_model_as_loaded(model_folder, tmp_p
     assert (
         0 <= float(first["check/logprob_distance_mean"]) <= float(first["check/logprob_distance_max"]) < 1e-4
     )
+    assert 0 <= float(first["check/gradient_distance"]) < 1e-3
+
+
+def test_a_kernel_without_its_gradient_stops_the_run(model_folder, tmp_path, monkeypatch):
+    """Log-probabilities are right."""
+    from grpo_lightning import lora_layers
+
+    stock = lora_layers.lora_linears
+
+    def forgets(x, layers):
+        return stock(x, [m._replace(a=m.a * 0 + m.a.detach(), b=m.b * 0 + m.b.detach()) for m in layers])
+
+    monkeypatch.setattr(lora_layers, "lora_linears", forgets)
+    m = module(model_folder, kernels=KernelConfig(lora="on"))
+    with pytest.raises(GRPOError, match=r"is 1 of the length of a gradient .* Kernels: lora"):
+        trainer(tmp_path, rollout(), max_steps=2).fit(m, data())
+
+
+def test_the_shortest_pair():
+    b = random_rollout(seed=3)
+    pair = b.shortest_pair()
+    assert len(pair.lengths) == 2
+    assert len(pair.prompt_lengths) == 1
+    assert random_rollout().take([]).shortest_pair().lengths == ()
+    first = next(s for s, n in enumerate(b.lengths) if n)
+    assert b.take([first]).shortest_pair().lengths == (b.lengths[first],)
 
 
 def test_a_kernel_that_computes_something_else_stops_the_run(model_folder, tmp_path, monkeypatch):
