@@ -7,7 +7,9 @@ from models import random_rollout, tiny_llama
 from tiny import tiny_tokenizer
 
 from grpo_lightning.errors import ConfigError, GRPOError
+from grpo_lightning.graphs import make_graphs
 from grpo_lightning.kernels import AUTO, KernelConfig
+from grpo_lightning.ops.attention import PackedLayout, _say_once
 from grpo_lightning.policy import Policy
 from grpo_lightning.verification import logprob_distance
 
@@ -169,3 +171,42 @@ def test_few_takes_completions_of_the_first_and_the_last_group():
     assert 2 <= len(few.lengths) <= 4
     assert all(few.lengths)
     assert random_rollout().take([]).few().lengths == ()
+
+
+def test_graphs_are_for_cuda():
+    with pytest.raises(ConfigError, match=r"model\.kernels\.graphs is 'on', but the model is on cpu"):
+        KernelConfig(graphs="on").chosen(CPU)
+
+
+def test_what_cannot_be_replayed_is_said():
+    policy = lora_policy()
+    with pytest.warns(UserWarning, match=r"without graphs \(attention over segments is off, .*autocast\)"):
+        assert make_graphs(policy, autocast=True) is None
+    policy.prepare(KernelConfig(attention="on"), CPU)
+    graphs = make_graphs(policy, autocast=False)
+    assert graphs is not None
+    policy.causal.config.sliding_window = 8
+    with pytest.warns(UserWarning, match="it has a sliding window"):
+        assert make_graphs(policy, autocast=False) is None
+
+
+def test_filling_changes_nothing():
+    """A batch that is filled up for graphs, in a call without one."""
+    policy, batch = lora_policy(), random_rollout(seed=4)
+    want = policy.logprobs(batch)
+    ends = batch.prompt_lengths, batch.lengths, batch.host_groups, batch.segment_ids, batch.position_ids
+    layout = PackedLayout.of(*ends, segments=True, few_shapes=True)
+    assert len(layout.shared.order) > batch.num_tokens
+
+    class NoGraph:
+        def hidden(self, ids, positions, layout):
+            assert len(ids) == len(layout.shared.order)
+
+    policy.graphs, policy.prepared.chosen = (
+        NoGraph(),
+        {**policy.prepared.chosen, "graphs": True, "attention": True},
+    )
+    with pytest.warns(UserWarning, match="float32 on cpu"):
+        _say_once.cache_clear()
+        got = policy.logprobs(batch)
+    torch.testing.assert_close(got.logprobs, want.logprobs, atol=1e-5, rtol=0)
