@@ -206,7 +206,7 @@ def test_filling_changes_nothing():
         NoGraph(),
         {**policy.prepared.chosen, "graphs": True, "attention": True},
     )
+    _say_once.cache_clear()
     with pytest.warns(UserWarning, match="float32 on cpu"):
-        _say_once.cache_clear()
         got = policy.logprobs(batch)
     torch.testing.assert_close(got.logprobs, want.logprobs, atol=1e-5, rtol=0)
