@@ -173,7 +173,7 @@ def _finish(
     entropy = log - LN2 * moment / (1.0 + odds)
     tl.store(logp_ptr + r, -log, mask=inside)
     tl.store(entropy_ptr + r, tl.where(entropy < 0.0, 0.0, entropy), mask=inside)
-    tl.store(odds_ptr + r, odds + 0.0 * moment, mask=inside)  # NaN where the moment is not finite
+    tl.store(odds_ptr + r, odds, mask=inside)
     if WRITE:
         own = -odds
         if HAS_CAP:
@@ -259,7 +259,7 @@ def finish(
         sums: [2, column tiles, C], as `multiply` gives.
         e: [C, V]; its own column becomes -odds times the softcap's slope, so that with E' as it is then
             d logp / d hidden = -slope / (1 + odds) E' W.
-        out: log-probabilities, entropies, odds; odds are NaN where an entropy is not finite.
+        out: log-probabilities, entropies, odds.
     """
     factor, _inner = _constants(x.head)
     _finish[(triton.cdiv(len(own), 8),)](

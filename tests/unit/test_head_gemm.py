@@ -130,11 +130,11 @@ def test_near_certain_tokens_keep_value_and_gradient(p, again, redone):
     assert not redone
 
 
-@pytest.mark.parametrize(("gap", "again"), [(60.0, []), (200.0, [1])])
+@pytest.mark.parametrize(("gap", "again"), [(60.0, 0), (75.0, 1), (200.0, 1)])
 @pytest.mark.parametrize("trains", [False, True])
 @pytest.mark.parametrize("entropy", [False, True])
 def test_improbable_tokens(gap, again, trains, entropy, redone):
-    """One of e^-60 goes this way; one of e^-200 takes its whole call through logits, and no gradient less."""
+    """One of e^-60 goes this way; a rarer one takes its whole call through logits, with no worse gradient."""
     v = 304
     w = (torch.eye(v, device=DEVICE) + draw(v, v, scale=0.02).float()).to(DTYPE).requires_grad_(trains)
     h = draw(5, v, scale=0.1)
@@ -142,7 +142,7 @@ def test_improbable_tokens(gap, again, trains, entropy, redone):
     ids = torch.tensor([3, 4, 9, 0, 303], device=DEVICE)
     logp = compare(h.requires_grad_(), w, ids, entropy=entropy, far=FAR if GPU else 1e-4)
     assert -gap - 4 < logp[2] < -gap + 4
-    assert len(redone) == len(again)
+    assert len(redone) == again
 
 
 @pytest.mark.parametrize("trains", [False, True])
@@ -220,7 +220,7 @@ def test_gradient_rows_sum_to_nothing():
     g = torch.linspace(-1, 1, 33, device=DEVICE)
     for at, q in way.gradient_rows(x, Scores(logp, entropy), g, g.flip(0)):
         assert q.shape == (at.stop - at.start, 131)
-        torch.testing.assert_close(q.double().sum(1), torch.zeros_like(q[:, 0]).double(), atol=FAR, rtol=0)
+        assert q.double().sum(1).abs().max() < 2 * FAR
 
 
 def test_only_some_calls_suit(monkeypatch):
