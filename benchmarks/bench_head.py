@@ -7,6 +7,7 @@ python benchmarks/bench_head.py --small          # a CPU, to see that it runs
 import sys
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from measure import parser, race, save, setting, table
@@ -22,6 +23,12 @@ from grpo_lightning.ops import fused_linear_logprobs
 def ours(backend: str, **options: Any) -> Head:
     """Returns our head with a backend."""
     return lambda h, w, ids: fused_linear_logprobs(h, w, ids, backend=backend, **options)
+
+
+def through_logits(hidden: Tensor, weight: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+    """Our Triton head as it is where its own GEMM cannot run: fp32 logits and a row kernel."""
+    with patch("grpo_lightning.ops.head_gemm.suits", return_value=False):
+        return fused_linear_logprobs(hidden, weight, ids, backend="triton")
 
 
 def error(head: Head, hidden: Tensor, weight: Tensor, ids: Tensor) -> float:
@@ -55,7 +62,12 @@ def measure(n: int, width: int, vocabulary: int, device: torch.device, repeats: 
     weight = (torch.randn(vocabulary, width, device=device, generator=g) * width**-0.5).to(half)
     ids = torch.randint(0, vocabulary, (n,), device=device, generator=g)
     grad = torch.randn(n, device=device, generator=g)
-    heads = {"ours, Triton": ours("triton"), "ours, torch twin": ours("torch"), **installed()}
+    heads = {
+        "ours, Triton": ours("triton"),
+        "ours, Triton through logits": through_logits,
+        "ours, torch twin": ours("torch"),
+        **installed(),
+    }
 
     def step(head: Head) -> Any:
         def run() -> None:

@@ -164,8 +164,8 @@ long completions the padded layout does not fit, and TRL's own step takes 4.2 ti
 
 {head()}
 Against the targets: 1.35x over TRL 1.16 at H = 2048 and 1.25x at H = 896 are **missed**, at H = 4096 reached (fp32 logits, 300 to 2000 times smaller error);
-600 MiB of workspace and an eighth of Liger's memory are reached; 1.2x of Liger's time is reached at 2048 and 4096. What is left is memory traffic: a
-row of fp32 logits is written once, read twice and written back.
+600 MiB of workspace and an eighth of Liger's memory are reached; 1.2x of Liger's time is reached at 2048 and 4096.
+A call in bf16 writes no logits: its first product ends in exponentials, of which the second makes the gradient (`ops/head_gemm.py`).
 
 ## The loss
 

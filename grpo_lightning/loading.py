@@ -37,7 +37,7 @@ def load_policy(
         quantization: `nf4` loads the base in 4 bit (bitsandbytes, scales quantised too); adapters train.
         keep_reference: keep a copy of what trains as reference.
         reference_dtype: type of that copy; None is the type of what trains.
-        chunk_rows: rows of logits that exist at one time.
+        chunk_rows: rows that go through the vocabulary at one time.
     """
     from transformers import AutoModelForCausalLM
 

@@ -55,7 +55,7 @@ class GRPOModule(pl.LightningModule):
         trust_remote_code: run Python code that comes with the model.
         model_kwargs: passed to `from_pretrained`, e.g. {dtype: bfloat16, revision: main}.
         tokenizer: name or folder of another tokenizer; null takes the model's.
-        logprob_chunk_rows: rows of logits that exist at one time; null derives them from a memory budget.
+        logprob_chunk_rows: rows that go through the vocabulary at one time; null takes what fits a budget.
         kernels: which fast paths run.
     """
 

@@ -43,7 +43,7 @@ class Policy(nn.Module):
         tokenizer: its tokenizer.
         keep_reference: keep a copy of what trains, as it is now, as reference.
         reference_dtype: type of that copy; None is the type of what trains.
-        chunk_rows: rows of logits that exist at one time; None derives them from a memory budget.
+        chunk_rows: rows that go through the vocabulary at one time; None derives them from a memory budget.
     """
 
     def __init__(

@@ -17,6 +17,7 @@ from triton.compiler import ASTSource
 from grpo_lightning.losses import KL_ESTIMATORS, RECIPES, CorrectionConfig, LossConfig
 from grpo_lightning.losses.corrections import LEVELS, MODES
 from grpo_lightning.ops import (
+    head_gemm_triton,
     head_triton,
     policy_loss_triton,
     rotary_triton,
@@ -36,11 +37,50 @@ POINTERS = {torch.float32: "*fp32", torch.int32: "*i32", torch.uint8: "*u8"}
 REQUIRED = {"dppo_kl": {"dppo_low": 0.05, "dppo_high": 0.05}, "dro": {"dro_coef": 0.1}}
 
 
-def build(kernel: Any, signature: dict[str, Any], constants: dict[Any, Any], warps: int = 4) -> bytes:
+def build(
+    kernel: Any, signature: dict[str, Any], constants: dict[Any, Any], warps: int = 4, shared: int = 48 << 10
+) -> bytes:
     """Returns the machine code of one variant; constants by name, or by place for those inside a tuple."""
     types = {**signature, **{name: "constexpr" for name in constants if isinstance(name, str)}}
     source = ASTSource(fn=kernel, signature=types, constexprs=constants)
-    return triton.compile(source, target=TARGET, options={"num_warps": warps}).asm["cubin"]
+    made = triton.compile(source, target=TARGET, options={"num_warps": warps, "num_stages": 3})
+    assert made.metadata.shared <= shared
+    return made.asm["cubin"]
+
+
+def head_gemm() -> int:
+    """Compiles the kernels of the head's own GEMM: sums, sums and rows, gradient rows."""
+    k, count = head_gemm_triton, 0
+    described = {"h": (k.ROWS, k.DEPTH), "w": (k.COLUMNS, k.DEPTH), "out": (k.ROWS, k.COLUMNS // 2)}
+    descriptors = {name: f"tensordesc<bf16[{a},{b}]>" for name, (a, b) in described.items()}
+    scalars = {"rows": "i32", "vocabulary": "i32", "width": "i32", "factor": "fp32", "inner": "fp32"}
+    tile = {"ROWS": k.ROWS, "COLUMNS": k.COLUMNS, "DEPTH": k.DEPTH, "PROGRAMS": 132}
+    for cap, bias in itertools.product((False, True), (None, "*bf16")):
+        flags = {"HAS_CAP": cap, "HAS_BIAS": bias is not None}
+        shared = {"bias_ptr": bias, "ids_ptr": "*i64", "tau_ptr": "*fp32"}
+        for sums, write in ((True, False), (True, True), (False, True)):
+            names = ("total_ptr", "moment_ptr") if sums else ("a_ptr", "b_ptr", "mine_ptr")
+            given = {**descriptors, **shared, **dict.fromkeys(("reference_ptr", *names), "*fp32"), **scalars}
+            given |= {} if write else {"out": None}
+            signature = {name: given.get(name) for name in k._multiply.arg_names if name.islower()}
+            constants = {name: None for name, kind in signature.items() if kind is None}
+            constants |= {**flags, "SUMS": sums, "WRITE": write, **tile}
+            assert build(k._multiply, signature, constants, warps=8, shared=k.SHARED_BYTES)
+            if sums:
+                names = ("total_ptr", "moment_ptr", "own_ptr", "logp_ptr", "entropy_ptr", "odds_ptr")
+                signature = {**dict.fromkeys(names, "*fp32"), "e_ptr": "*bf16", **shared, **scalars}
+                signature |= {"e_stride": "i32", "tiles": "i32"}
+                signature = {n: signature[n] for n in k._finish.arg_names if n.islower()}
+                constants = {"HAS_CAP": cap, "WRITE": write, "ROWS": 8, "TILES": 128}
+                assert build(k._finish, signature, constants | ({} if write else {"e_ptr": None}))
+                count += 1
+            count += 1
+        signature = {"h_ptr": "*bf16", "w_ptr": "*bf16", "own_ptr": "*fp32", **shared, **scalars}
+        signature |= {"h_stride": "i32", "w_stride": "i32"}
+        signature = {n: signature[n] for n in k._own.arg_names if n.islower()}
+        assert build(k._own, signature, {**flags, "BLOCK": 1024} | ({} if bias else {"bias_ptr": None}))
+        count += 1
+    return count
 
 
 def body() -> int:
@@ -149,7 +189,7 @@ def loss_variants() -> int:
 
 def main() -> None:
     """Compiles all variants and says how many."""
-    count = body()
+    count = body() + head_gemm()
     flags = itertools.product((False, True), (None, "*fp32", "*bf16"), (None, "*fp32", "*bf16", "*fp16"))
     for cap, bias, q in flags:
         for with_entropy in {False, q is not None}:

@@ -1,12 +1,14 @@
 """How logits are made of hidden states and what a chunk of them says: the torch twin of `head_triton.py`."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 CHUNK_BYTES = {"cuda": 600 << 20, "cpu": 64 << 20}
-"""memory for the logits of one chunk"""
+"""memory for what one chunk writes per vocabulary entry"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,11 +31,70 @@ class Head:
         return slope if self.softcap is None else slope * (1 - (x * tau[:, None] / self.softcap) ** 2)
 
 
-def rows_in_budget(n: int, vocabulary: int, device: torch.device) -> int:
-    """Returns how many rows of logits exist at one time: a budget's worth, in steps that suit a GEMM."""
-    rows = CHUNK_BYTES.get(device.type, CHUNK_BYTES["cpu"]) // (4 * vocabulary)
+class Inputs(NamedTuple):
+    """One call of `fused_linear_logprobs`."""
+
+    hidden: Tensor  # [N, H]
+    weight: Tensor  # [V, H]
+    bias: Tensor | None  # [V]
+    ids: Tensor  # [N] int64
+    tau: Tensor  # [N] temperatures, in the type of the results
+    head: Head
+    rows: int | None  # of a chunk; None derives them from a memory budget
+
+
+class Scores(NamedTuple):
+    """What a call says of its tokens; u times k is d logp / d hidden."""
+
+    logp: Tensor  # [N]
+    entropy: Tensor  # [N]
+    u: Tensor | None = None  # [N, H] in the type of hidden
+    k: Tensor | None = None  # [N] in the type of logp; None is 1
+
+
+def new_rows(x: Inputs) -> Tensor:
+    """Returns memory for u [N, H]; rows of stride 1, whatever the strides of hidden."""
+    return torch.empty(x.hidden.shape, dtype=x.hidden.dtype, device=x.hidden.device)
+
+
+class Way(Protocol):
+    """A way through the vocabulary, chunk by chunk: `head_logits.py`, `head_gemm.py`."""
+
+    def scale_rows(self, u: Tensor, g: Tensor) -> Tensor:
+        """Returns g[:, None] * u in the type of u, rounded once."""
+        ...
+
+    def scores(self, x: Inputs, want_u: bool) -> Scores:
+        """Returns log-probabilities and entropies, and the rows of their gradient if wanted."""
+        ...
+
+    def gradient_rows(
+        self, x: Inputs, found: Scores, g: Tensor, e: Tensor | None
+    ) -> Iterator[tuple[slice, Tensor]]:
+        """Yields rows `at` and [C, V] g d logp / d raw + e d entropy / d raw in the weight's type.
+
+        All chunks lie in the same memory: use one before asking for the next.
+
+        Args:
+            x: the call.
+            found: what `scores` gave, by whichever way.
+            g: [N].
+            e: [N]; None is 0.
+        """
+        ...
+
+
+def rows_in_budget(n: int, row_bytes: int, device: torch.device) -> int:
+    """Returns how many rows of `row_bytes` exist at one time: a budget's worth, in steps that suit a GEMM."""
+    rows = CHUNK_BYTES.get(device.type, CHUNK_BYTES["cpu"]) // row_bytes
     rows = rows // 128 * 128 if rows >= 128 else max(rows, 1)
     return min(rows, max(n, 1))
+
+
+def parts(n: int, rows: int) -> Iterator[slice]:
+    """Yields 0..n in pieces of `rows`."""
+    for start in range(0, n, rows):
+        yield slice(start, min(start + rows, n))
 
 
 def score_rows(

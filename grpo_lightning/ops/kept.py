@@ -9,9 +9,9 @@ import math
 import torch
 from torch import Tensor
 
-from grpo_lightning.ops import head as head_twin
-from grpo_lightning.ops.head import Head, rows_in_budget
-from grpo_lightning.ops.logprobs import Call, chunks, temperatures
+from grpo_lightning.ops.head import Head, Inputs
+from grpo_lightning.ops.head_logits import chunks
+from grpo_lightning.ops.logprobs import temperatures
 from grpo_lightning.samples import Truncation
 
 
@@ -59,11 +59,10 @@ def kept_logmass(
         chunk_rows: rows whose logits exist at one time.
     """
     tau = temperatures(temperature, hidden)
-    rows = chunk_rows or rows_in_budget(hidden.shape[0], weight.shape[0], hidden.device)
-    call = Call(Head(softcap, logit_scale), rows, head_twin)
+    call = Inputs(hidden, weight, bias, ids, tau, Head(softcap, logit_scale), chunk_rows)
     out = torch.empty_like(tau)
     with torch.autocast(hidden.device.type, enabled=False):
-        for at, z, _ in chunks(hidden, weight, call):
+        for at, z, _ in chunks(call):
             x = call.head.tempered(z if bias is None else z.add_(bias), tau[at])
             own = ids[at, None]
             inside = truncate(x, kept).scatter(1, own, x.gather(1, own))

@@ -111,6 +111,15 @@ def test_the_whole_op_with_either_backend(n, dtype, trains, entropy_grad):
     torch.testing.assert_close(found["triton"]["logp"], found["torch"]["logp"], atol=1e-4, rtol=0)
 
 
+def test_transposed_hidden_states():
+    w, ids = draw(131, 16, seed=1), torch.arange(9, device=DEVICE) * 14
+    found = []
+    for h in (draw(9, 16).requires_grad_(), draw(9, 16).T.contiguous().T.requires_grad_()):
+        fused_linear_logprobs(h, w, ids, backend="triton")[0].sum().backward()
+        found.append(h.grad)
+    torch.testing.assert_close(*found)
+
+
 def test_rows_are_scaled_and_rounded_once():
     x, g = draw(5, 130).bfloat16(), draw(5, seed=1)
     want = (x.double() * g.double()[:, None]).bfloat16()
@@ -132,8 +141,8 @@ def test_backends():
 
 def test_chunks_follow_the_budget():
     cuda = torch.device("cuda")
-    assert rows_in_budget(16_384, 151_936, cuda) == 1024
-    assert rows_in_budget(16_384, 32_000, cuda) == 4864
-    assert rows_in_budget(100, 32_000, cuda) == 100
-    assert rows_in_budget(0, 32_000, cuda) == 1
-    assert rows_in_budget(16_384, 151_936, torch.device("cpu")) == 110
+    assert rows_in_budget(16_384, 4 * 151_936, cuda) == 1024
+    assert rows_in_budget(16_384, 4 * 32_000, cuda) == 4864
+    assert rows_in_budget(100, 4 * 32_000, cuda) == 100
+    assert rows_in_budget(0, 4 * 32_000, cuda) == 1
+    assert rows_in_budget(16_384, 4 * 151_936, torch.device("cpu")) == 110
