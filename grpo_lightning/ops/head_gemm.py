@@ -8,8 +8,8 @@ the second product. So a chunk is one GEMM that writes E = e^d in bf16 and sums 
 d logp / d hidden of it: no pass over logits. A backward that goes again knows logp, and its GEMM
 writes gradient rows at once.
 
-A token that is less likely than 2^-90 would take e^d out of range: one look at all odds, when everything
-has been queued, and then such a call goes through logits (`head_logits.py`).
+A token that is less likely than 2^-90 would take e^d out of range: one look at all odds, before the last
+product, and such a call goes through logits instead (`head_logits.py`).
 """
 
 import math
@@ -54,11 +54,8 @@ class Exponentials:
 
     def scores(self, x: Inputs, want_u: bool) -> Scores:
         """As `head.Way` says."""
-        found, odds = _scores(x, want_u)
-        if bool((odds < MOST_ODDS).all()):  # the one wait for the GPU; NaN is out of range too
-            return found
-        del found
-        return self.otherwise.scores(x, want_u)
+        found = _scores(x, want_u)
+        return self.otherwise.scores(x, want_u) if found is None else found
 
     def gradient_rows(
         self, x: Inputs, found: Scores, g: Tensor, e: Tensor | None
@@ -81,8 +78,8 @@ class Exponentials:
             yield at, q[:size]
 
 
-def _scores(x: Inputs, want_u: bool) -> tuple[Scores, Tensor]:
-    """Returns scores and the odds [N] that they are made of."""
+def _scores(x: Inputs, want_u: bool) -> Scores | None:
+    """Returns scores, or None if a number is out of range."""
     logp, entropy, odds = (torch.empty_like(x.tau) for _ in range(3))
     rows = _rows(x, x.weight.element_size() if want_u else 0)
     sums = torch.empty(2 * kernels.column_tiles(len(x.weight)) * rows, dtype=x.tau.dtype, device=x.tau.device)
@@ -94,10 +91,13 @@ def _scores(x: Inputs, want_u: bool) -> tuple[Scores, Tensor]:
         part = None if e is None else e[:size]
         kernels.multiply(chunk, own, part, mine)
         kernels.finish(chunk, own, mine, part, (logp[at], entropy[at], odds[at]))
+        # The one wait for the GPU, which has a product to do while Python goes on. NaN is out of range too.
+        if at.stop == len(odds) and not bool((odds < MOST_ODDS).all()):
+            return None
         if u is not None and part is not None:
             torch.mm(part, x.weight, out=u[at])
     k = x.head.logit_scale / x.tau / -(1 + odds) if want_u else None
-    return Scores(logp, entropy, u, k), odds
+    return Scores(logp, entropy, u, k)
 
 
 def _rows(x: Inputs, entry_bytes: int) -> int:
