@@ -6,7 +6,7 @@ python benchmarks/bench_step.py --small                             # a CPU, to 
 
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from importlib.util import find_spec
@@ -96,8 +96,10 @@ def adapters_in(policy: Policy, dtype: torch.dtype) -> Iterator[None]:
         p.data = master
 
 
-def measure(shape: str, work: str, device: torch.device, repeats: int) -> dict[str, Any]:
-    """Returns a row per piece, and one for the step without dead groups."""
+def measure(
+    shape: str, work: str, device: torch.device, repeats: int, without: Sequence[str] = ()
+) -> dict[str, Any]:
+    """Returns a row per piece, and one for the step without dead groups; none of the pieces `without`."""
     batch = make_rollout(WORKLOADS[work], SHAPES[shape]["vocab_size"]).to(device)
     model = make_model(shape, device)
     rows: dict[str, Any] = {}
@@ -105,6 +107,8 @@ def measure(shape: str, work: str, device: torch.device, repeats: int) -> dict[s
     policy = Policy(model, tiny_tokenizer())
     for piece in PIECES:
         chosen |= piece.kernels
+        if any(word in piece.name for word in without):
+            continue
         policy.prepared.restore()
         policy = Policy(model, tiny_tokenizer())
         policy.padded_reason = "asked for" if piece.layout == "padded" else None
@@ -174,6 +178,7 @@ def main() -> None:
     options = parser(__doc__, repeats=7)
     options.add_argument("--shape", nargs="+", default=["0.5B", "1.5B"], choices=list(SHAPES))
     options.add_argument("--work", nargs="+", default=["gsm8k-like"], choices=list(WORKLOADS))
+    options.add_argument("--without", nargs="*", default=[], help="words of pieces that get no row")
     args = options.parse_args()
     device = torch.device("cpu" if args.small else "cuda")
     if args.small:
@@ -181,7 +186,7 @@ def main() -> None:
     result: dict[str, Any] = {"setting": setting(device)}
     for shape in args.shape:
         for work in args.work:
-            found = measure(shape, work, device, args.repeats)
+            found = measure(shape, work, device, args.repeats, args.without)
             result[f"{shape}, {work}"] = found
             print(f"\n{shape}, {work}: {found['tokens']} tokens, {found['padded_slots']} padded slots")
             print(show(found), flush=True)
