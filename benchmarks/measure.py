@@ -4,6 +4,7 @@ import argparse
 import json
 import platform
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterable
 from datetime import date
@@ -80,6 +81,8 @@ def race(
             rows[name]["ms"].append(milliseconds(alive[name], device))
     for name in names:
         rows[name]["median_ms"] = statistics.median(rows[name]["ms"])
+    for name, row in rows.items():
+        print(f"  {name}: {row.get('failed') or format(row['median_ms'], '.1f') + ' ms'}", file=sys.stderr)
     return rows
 
 

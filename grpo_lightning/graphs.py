@@ -7,9 +7,11 @@ shape is copied in before a replay. All graphs share one pool of memory: the act
 are there at a time, hence a forward whose predecessor still waits for its backward runs without a graph.
 """
 
+import gc
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -151,13 +153,27 @@ class _Captured:
             torch.cuda.synchronize()
             torch.cuda.empty_cache()
             self.forward, self.backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.forward, pool=pool):
-                hidden = decode(ids, positions, layout)
-            self.dhidden = torch.zeros_like(hidden)
-            with torch.cuda.graph(self.backward, pool=pool):
-                found = torch.autograd.grad(hidden, params, self.dhidden)
-                self.gradients = torch.cat([g.flatten() for g in found])
+            with _uncollected():
+                with torch.cuda.graph(self.forward, pool=pool):
+                    hidden = decode(ids, positions, layout)
+                self.dhidden = torch.zeros_like(hidden)
+                with torch.cuda.graph(self.backward, pool=pool):
+                    found = torch.autograd.grad(hidden, params, self.dhidden)
+                    self.gradients = torch.cat([g.flatten() for g in found])
         self.hidden = hidden.detach()
+
+
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    """Keeps Python's collector from freeing what CUDA does not let go of during a capture: other graphs."""
+    gc.collect()
+    on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if on:
+            gc.enable()
 
 
 class _Call:

@@ -1,5 +1,6 @@
 """The kernels on a GPU against fp64: `pytest -m gpu tests/gpu`, then `pytest tests/unit/test_*_triton.py`."""
 
+import gc
 from dataclasses import asdict
 
 import pytest
@@ -318,3 +319,17 @@ def test_graphs_with_checkpointed_layers():
     checkpointed.prepare(GRAPHS, torch.device("cuda"))
     for name, got in adapter_gradient(checkpointed, batch).items():
         assert relative(got, want[name]) < 3e-2, name
+
+
+def test_graphs_that_are_garbage_do_not_spoil_a_capture():
+    batch = random_rollout(seed=1).to("cuda")
+    for _ in range(3):
+        policy = lora_policy(kernels=GRAPHS)
+        policy.model.itself = [policy]  # a cycle: only the collector frees it
+        gc.set_threshold(50)
+        try:
+            for part in batch.split(2):
+                adapter_gradient(policy, part)
+        finally:
+            gc.set_threshold(700)
+        del policy
