@@ -19,6 +19,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.func import functional_call
 
 from grpo_lightning.ops.attention import PackedLayout
 from grpo_lightning.ops.segments import SharedPrompts
@@ -26,15 +27,13 @@ from grpo_lightning.ops.segments import SharedPrompts
 MOST = 32
 """shapes that are kept"""
 
-Decode = Callable[[Tensor, Tensor, PackedLayout], Tensor]
-"""ids and positions [T'] and their layout to hidden states [T', H]"""
-
 
 class Graphs:
     """Replays a decoder; of what trains in it, only the values may change between replays."""
 
-    def __init__(self, decode: Decode, params: list[nn.Parameter]) -> None:
-        self._decode, self._params = decode, params
+    def __init__(self, decoder: nn.Module) -> None:
+        self._decoder = decoder
+        self._params = {n: p for n, p in decoder.named_parameters() if p.requires_grad}
         self._captured: OrderedDict[tuple[Any, ...], _Captured] = OrderedDict()
         self._addresses: list[int] = []
         self._pool: Any = None
@@ -47,7 +46,7 @@ class Graphs:
         """
         if self._running() is not None:
             return None
-        addresses = [p.data_ptr() for p in self._params]
+        addresses = [p.data_ptr() for p in self._params.values()]
         if addresses != self._addresses:
             self.forget()
             self._addresses = addresses
@@ -57,12 +56,12 @@ class Graphs:
             while len(self._captured) >= MOST:
                 self._captured.popitem(last=False)
             self._pool = self._pool or torch.cuda.graph_pool_handle()
-            graph = _Captured(self._decode, self._params, ids, positions, layout, self._pool)
+            graph = _Captured(self._decoder, self._params, ids, positions, layout, self._pool)
             self._captured[shape] = graph
         self._captured.move_to_end(shape)
         call = _Call(graph, (ids, positions, *_ends(layout)))
         self._running = weakref.ref(call)
-        return _Replay.apply(call, *self._params)  # pyright: ignore[reportReturnType]
+        return _Replay.apply(call, *self._params.values())  # pyright: ignore[reportReturnType]
 
     def forget(self) -> None:
         """Frees all graphs and their memory."""
@@ -89,16 +88,19 @@ def make_graphs(policy: Any, autocast: bool) -> Graphs | None:
     if reasons:
         rank_zero_warn(f"model.kernels.graphs: the decoder runs without graphs ({', '.join(reasons)})")
         return None
-
-    def decode(ids: Tensor, positions: Tensor, layout: PackedLayout) -> Tensor:
-        return decoded(decoder, ids, positions, layout)
-
-    return Graphs(decode, params)
+    return Graphs(decoder)
 
 
-def decoded(decoder: Any, ids: Tensor, positions: Tensor, layout: PackedLayout) -> Tensor:
-    """Returns the hidden states [T, H] of one packed row."""
-    out = decoder(input_ids=ids[None], position_ids=positions[None], use_cache=False, layout=layout)
+def decoded(
+    decoder: Any,
+    ids: Tensor,
+    positions: Tensor,
+    layout: PackedLayout,
+    instead: dict[str, Tensor] | None = None,
+) -> Tensor:
+    """Returns the hidden states [T, H] of one packed row; `instead` of parameters of these names."""
+    kwargs = {"input_ids": ids[None], "position_ids": positions[None], "use_cache": False, "layout": layout}
+    out = functional_call(decoder, instead, (), kwargs) if instead else decoder(**kwargs)
     return out.last_hidden_state[0]
 
 
@@ -125,8 +127,8 @@ class _Captured:
 
     def __init__(
         self,
-        decode: Decode,
-        params: list[nn.Parameter],
+        decoder: nn.Module,
+        params: dict[str, nn.Parameter],
         ids: Tensor,
         positions: Tensor,
         layout: PackedLayout,
@@ -142,12 +144,22 @@ class _Captured:
         )
         # without bounds, nothing can go group by group by what only this batch's host knows
         layout = replace(layout, bounds=None, shared=segments)
+        # Aliases, since autograd ties a parameter to the stream of a graph that is still alive somewhere.
+        alias = {n: p.detach().requires_grad_() for n, p in params.items()}
+
+        def decode() -> Tensor:
+            return decoded(decoder, ids, positions, layout, alias)
+
+        def gradients(hidden: Tensor, dhidden: Tensor) -> Tensor:
+            found = torch.autograd.grad(hidden, list(alias.values()), dhidden)
+            return torch.cat([g.flatten() for g in found])
+
         with torch.enable_grad():
             side = torch.cuda.Stream()
             side.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(side):  # kernels are compiled and workspaces made outside of a capture
-                hidden = decode(ids, positions, layout)
-                torch.autograd.grad(hidden, params, torch.zeros_like(hidden))
+                hidden = decode()
+                gradients(hidden, torch.zeros_like(hidden))
                 del hidden
             torch.cuda.current_stream().wait_stream(side)
             torch.cuda.synchronize()
@@ -155,11 +167,10 @@ class _Captured:
             self.forward, self.backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
             with _uncollected():
                 with torch.cuda.graph(self.forward, pool=pool):
-                    hidden = decode(ids, positions, layout)
+                    hidden = decode()
                 self.dhidden = torch.zeros_like(hidden)
                 with torch.cuda.graph(self.backward, pool=pool):
-                    found = torch.autograd.grad(hidden, params, self.dhidden)
-                    self.gradients = torch.cat([g.flatten() for g in found])
+                    self.gradients = gradients(hidden, self.dhidden)
         self.hidden = hidden.detach()
 
 

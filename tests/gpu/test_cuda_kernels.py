@@ -310,6 +310,19 @@ def test_a_second_forward_before_the_backward_runs_without_a_graph():
         assert relative(p.grad, want[name]) < 1e-3, name
 
 
+def test_a_capture_beside_a_graph_that_is_alive():
+    policy = lora_policy(kernels=GRAPHS)
+    first, second = (random_rollout(seed=s, prompts=2 + 4 * s).to("cuda") for s in (0, 1))
+    want = adapter_gradient(policy, second)
+    policy.prepare(GRAPHS, torch.device("cuda"))
+    kept = policy.logprobs(first).logprobs
+    kept.square().sum().backward()
+    for name, got in adapter_gradient(policy, second).items():
+        assert relative(got, want[name]) < 1e-3, name
+    assert len(policy.graphs._captured) == 2
+    assert kept.grad_fn is not None
+
+
 def test_graphs_with_checkpointed_layers():
     policy, batch = lora_policy(kernels=GRAPHS), random_rollout(seed=1).to("cuda")
     want = adapter_gradient(policy, batch)

@@ -7,7 +7,7 @@ from models import random_rollout, tiny_llama
 from tiny import tiny_tokenizer
 
 from grpo_lightning.errors import ConfigError, GRPOError
-from grpo_lightning.graphs import make_graphs
+from grpo_lightning.graphs import decoded, make_graphs
 from grpo_lightning.kernels import AUTO, KernelConfig
 from grpo_lightning.ops.attention import PackedLayout, _say_once
 from grpo_lightning.policy import Policy
@@ -210,3 +210,21 @@ def test_filling_changes_nothing():
     with pytest.warns(UserWarning, match="float32 on cpu"):
         got = policy.logprobs(batch)
     torch.testing.assert_close(got.logprobs, want.logprobs, atol=1e-5, rtol=0)
+
+
+def test_parameters_can_stand_in_for_others():
+    """As a capture has it: aliases take the gradient, and the parameters none."""
+    policy, batch = lora_policy(), random_rollout(seed=4)
+    policy.prepare(KernelConfig(lora="on", qkv="on", swiglu="on", norm="on", rotary="on"), CPU)
+    decoder = policy.causal.get_decoder()
+    params = {n: p for n, p in decoder.named_parameters() if p.requires_grad}
+    alias = {n: p.detach().requires_grad_() for n, p in params.items()}
+    ends = batch.prompt_lengths, batch.lengths, batch.host_groups, batch.segment_ids, batch.position_ids
+    layout = PackedLayout.of(*ends)
+    found = []
+    for given, leaves in ((None, params), (alias, alias)):
+        hidden = decoded(decoder, batch.input_ids, batch.position_ids, layout, given)
+        found.append([hidden, *torch.autograd.grad(hidden.square().sum(), list(leaves.values()))])
+    for got, want in zip(*found, strict=True):
+        assert torch.equal(got, want)
+    assert all(p.grad is None for p in params.values())
