@@ -8,6 +8,7 @@ import pytest
 import torch
 from models import TINY, save_tiny
 from tiny import tiny_tokenizer
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from grpo_lightning.batch import RolloutBatch
 from grpo_lightning.errors import ConfigError, EngineError
@@ -351,20 +352,121 @@ def test_a_module_without_a_place_is_an_error(served, monkeypatch):
     engine.sync(policy, 0)
 
 
-def test_a_slot_that_holds_something_else_is_an_error(served, monkeypatch):
+def test_a_slot_that_is_not_what_vllm_would_make_of_it_is_an_error(folder, monkeypatch):
     from vllm.lora.layers.base_linear import BaseLinearLayerWithLoRA
 
-    policy, engine = served
+    policy = make_policy(folder)
+    engine = start(policy, folder, sync="adapter")
     stock = BaseLinearLayerWithLoRA.set_lora
 
     def sloppy(self, index, lora_a, lora_b):
         stock(self, index, lora_a, lora_b * 1.01)
 
     monkeypatch.setattr(BaseLinearLayerWithLoRA, "set_lora", sloppy)
+    try:
+        with pytest.raises(EngineError, match="does not hold what was pushed"):
+            engine.sync(policy, 0)
+        monkeypatch.undo()
+        engine.sync(policy, 0)
+        assert_served(policy, engine)
+    finally:
+        engine.close()
+
+
+def assert_served(policy, engine):
+    sampling = SamplingParams(max_tokens=8)
+    gap, off = distance(policy, ask(), engine.generate(ask(), sampling), sampling)
+    assert gap.mean() < 2e-5
+    assert off.mean() > 0.1
+
+
+def test_a_later_push_that_does_not_arrive_is_an_error(served, monkeypatch):
+    from grpo_lightning.rollout import vllm_compat
+
+    policy, engine = served
+    places, stock = engine._slot.places, vllm_compat._foreach_copy_
+
+    def lossy(to, of):
+        stock(to, of)
+        if to is places:
+            to[5][3] += 1e-3
+
+    monkeypatch.setattr(vllm_compat, "_foreach_copy_", lossy)
     with pytest.raises(EngineError, match="does not hold what was pushed"):
         engine.sync(policy, 1)
     monkeypatch.undo()
     engine.sync(policy, 0)
+    assert_served(policy, engine)
+
+
+def test_an_adapter_that_vllm_moved_or_dropped_is_laid_anew(served):
+    policy, engine = served
+    first = engine._slot
+    module = first.buffers[0][0]
+    module.lora_b_stacked = tuple(b.clone() for b in module.lora_b_stacked)
+    engine.sync(policy, 1)
+    assert engine._slot is not first
+    second = engine._slot
+    second.manager.remove_adapter(1)
+    engine.sync(policy, 2)
+    assert engine._slot is not second
+    assert_served(policy, engine)
+    third = engine._slot
+    engine.sync(policy, 0)
+    assert engine._slot is third
+
+
+class Counted(TorchDispatchMode):
+    """Counts what computes; views are free."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += not func.is_view
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_push_is_a_handful_of_operations(folder):
+    """However many layers there are: one by one their launches take longer than the copying (H200: 58 ms)."""
+    policy = make_policy(folder, r=8)  # fills its slot
+    engine = start(policy, folder, sync="adapter")
+    try:
+        engine.sync(policy, 0)
+        assert len(engine._slot.places) == 28
+        with Counted() as ops:
+            engine.sync(policy, 1)
+        assert ops.count < 10
+    finally:
+        engine.close()
+
+
+def test_weights_written_alone_land_in_their_stacks(folder, monkeypatch):
+    """As on CUDA, where vLLM does not repack: only what training changes is sent, straight into the model."""
+    from vllm.model_executor.layers.linear import UnquantizedLinearMethod
+
+    from grpo_lightning.rollout import vllm_compat
+    from grpo_lightning.rollout.weights import merged_weights
+
+    monkeypatch.setattr(UnquantizedLinearMethod, "process_weights_after_loading", lambda self, layer: None)
+    policy = make_policy(folder, target_modules=["k_proj", "up_proj"])
+    engine = start(policy, folder, sync="merge")
+    try:
+        pairs = list(merged_weights(policy, torch.float32, None))
+        assert {n.split(".")[-2] for n, _ in pairs} == {"k_proj", "up_proj"}
+        (model,) = engine._llm.collective_rpc(vllm_compat._model)
+        model.load_weights(iter(pairs))
+        whole = dict(merged_weights(policy, torch.float32, model.packed_modules_mapping))
+        for stack, parts in (
+            ("self_attn.qkv_proj", ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"]),
+            ("mlp.gate_up_proj", ["mlp.gate_proj", "mlp.up_proj"]),
+        ):
+            for i in range(2):
+                held = model.get_submodule(f"model.layers.{i}.{stack}").weight
+                assert torch.equal(held, torch.cat([whole[f"model.layers.{i}.{p}.weight"] for p in parts]))
+    finally:
+        engine.close()
 
 
 def test_a_regex_holds(folder):
