@@ -168,9 +168,19 @@ def test_half_precision_is_close(folder):
             engine.close()
 
 
+def assert_served(policy, engine):
+    sampling = SamplingParams(max_tokens=8)
+    gap, off = distance(policy, ask(), engine.generate(ask(), sampling), sampling)
+    assert gap.mean() < 2e-5
+    assert off.mean() > 0.1
+
+
 @pytest.fixture(scope="module")
 def served(folder):
-    """A policy and an engine that serves it; tests leave both as they are."""
+    """A policy and an engine that serves it; tests leave both as they are.
+
+    It no longer decodes once another engine of the process has been closed: tests with their own come later.
+    """
     policy = make_policy(folder)
     engine = start(policy, folder, sync="adapter")
     engine.sync(policy, 0)
@@ -280,6 +290,42 @@ def test_groups_come_as_they_end_and_others_may_join(served):
     engine.sync(policy, 0)  # needs an engine in which nothing runs
 
 
+def test_a_later_push_that_does_not_arrive_is_an_error(served, monkeypatch):
+    from grpo_lightning.rollout import vllm_compat
+
+    policy, engine = served
+    places, stock = engine._slot.places, vllm_compat._foreach_copy_
+
+    def lossy(to, of):
+        stock(to, of)
+        if to is places:
+            to[5][3] += 1e-3
+
+    monkeypatch.setattr(vllm_compat, "_foreach_copy_", lossy)
+    with pytest.raises(EngineError, match="does not hold what was pushed"):
+        engine.sync(policy, 1)
+    monkeypatch.undo()
+    engine.sync(policy, 0)
+    assert_served(policy, engine)
+
+
+def test_an_adapter_that_vllm_moved_or_dropped_is_laid_anew(served):
+    policy, engine = served
+    first = engine._slot
+    module = first.buffers[0][0]
+    module.lora_b_stacked = tuple(b.clone() for b in module.lora_b_stacked)
+    engine.sync(policy, 1)
+    assert engine._slot is not first
+    second = engine._slot
+    second.manager.remove_adapter(1)
+    engine.sync(policy, 2)
+    assert engine._slot is not second
+    assert_served(policy, engine)
+    third = engine._slot
+    engine.sync(policy, 0)
+    assert engine._slot is third
+
+
 def process():
     return {
         "python": random.getstate(),
@@ -371,49 +417,6 @@ def test_a_slot_that_is_not_what_vllm_would_make_of_it_is_an_error(folder, monke
         assert_served(policy, engine)
     finally:
         engine.close()
-
-
-def assert_served(policy, engine):
-    sampling = SamplingParams(max_tokens=8)
-    gap, off = distance(policy, ask(), engine.generate(ask(), sampling), sampling)
-    assert gap.mean() < 2e-5
-    assert off.mean() > 0.1
-
-
-def test_a_later_push_that_does_not_arrive_is_an_error(served, monkeypatch):
-    from grpo_lightning.rollout import vllm_compat
-
-    policy, engine = served
-    places, stock = engine._slot.places, vllm_compat._foreach_copy_
-
-    def lossy(to, of):
-        stock(to, of)
-        if to is places:
-            to[5][3] += 1e-3
-
-    monkeypatch.setattr(vllm_compat, "_foreach_copy_", lossy)
-    with pytest.raises(EngineError, match="does not hold what was pushed"):
-        engine.sync(policy, 1)
-    monkeypatch.undo()
-    engine.sync(policy, 0)
-    assert_served(policy, engine)
-
-
-def test_an_adapter_that_vllm_moved_or_dropped_is_laid_anew(served):
-    policy, engine = served
-    first = engine._slot
-    module = first.buffers[0][0]
-    module.lora_b_stacked = tuple(b.clone() for b in module.lora_b_stacked)
-    engine.sync(policy, 1)
-    assert engine._slot is not first
-    second = engine._slot
-    second.manager.remove_adapter(1)
-    engine.sync(policy, 2)
-    assert engine._slot is not second
-    assert_served(policy, engine)
-    third = engine._slot
-    engine.sync(policy, 0)
-    assert engine._slot is third
 
 
 class Counted(TorchDispatchMode):
