@@ -84,7 +84,7 @@ def read(side: str, folder: Path) -> dict[str, Any]:
         return json.loads(found.read_text()) if found.exists() else {"seconds": []}
     rows = [r for file in folder.rglob("metrics.csv") for r in csv.DictReader(file.open()) if r.get("reward")]
     columns = {"seconds": "step_time", "reward": "reward", "correct": "rewards/math_answer/mean"}
-    columns |= {"generate": "time/generate", "sync": "time/sync", "parity": "sampling/parity_mean"}
+    columns |= {"generate": "time/generate", "parity": "sampling/parity_mean"}
     return {
         key: [float(r[column]) for r in rows if r.get(column)]
         for key, column in columns.items()
