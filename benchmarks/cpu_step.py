@@ -86,22 +86,23 @@ def row(name: str, r: dict) -> str:
     )
 
 
-def job_of(path: str, steps: int, **more: Any) -> dict[str, Any]:
-    """Returns what both sides need to know of a shipped config on sums."""
+def job_of(path: str, steps: int, model: str | None = None) -> dict[str, Any]:
+    """Returns what both sides need to know of a shipped config on sums; `model` instead of the config's."""
     config = load_config(path)
     rollout, data = config["rollout"], config["data"]
     return {
         "config": path,
         "steps": steps,
-        "model": resolve_model(config["model"]["model_name"]),
+        "model": resolve_model(model or config["model"]["model_name"]),
         "rows": sums(**data["dataset_kwargs"]),
         "prompts": data["prompts_per_rollout"],
         "group": rollout["num_generations"],
         "max_tokens": rollout["sampling"]["max_tokens"],
+        "temperature": rollout["sampling"]["temperature"],
+        "lora": config["model"]["lora"],
         "lr": config["model"]["optimizer"]["init_args"]["lr"],
         "weights": rollout["reward_weights"],
         "pattern": rollout["reward_funcs"][1]["init_args"]["pattern"],
-        **more,
     }
 
 

@@ -21,13 +21,31 @@ def main(job_file: str) -> None:
     from grpo_lightning.rewards import FormatReward, math_answer
 
     seconds: list[float] = []
+    versions = {m.__name__: m.__version__ for m in (trl, transformers, torch)}
 
     class Clock(TrainerCallback):
+        def on_train_begin(self, args, state, control, **kwargs):
+            self.start = time.perf_counter()
+
         def on_step_begin(self, args, state, control, **kwargs):
             self.began = time.perf_counter()
 
         def on_step_end(self, args, state, control, **kwargs):
             seconds.append(time.perf_counter() - self.began)
+            if time.perf_counter() - self.start > job.get("limit", float("inf")):
+                control.should_training_stop = True
+
+        def on_log(self, args, state, control, **kwargs):
+            """Writes what there is, since a run may be ended."""
+            history = [h for h in state.log_history if "reward" in h]
+            result = {
+                "seconds": seconds,
+                "wall": time.perf_counter() - began,
+                "reward": [h["reward"] for h in history],
+                "correct": [h["rewards/math_answer/mean"] for h in history],
+                "versions": versions,
+            }
+            Path(job["out"]).write_text(json.dumps(result))
 
     options = {
         "output_dir": job["out"] + ".trl",
@@ -35,7 +53,7 @@ def main(job_file: str) -> None:
         "per_device_train_batch_size": job["prompts"] * job["group"],
         "num_generations": job["group"],
         "max_completion_length": job["max_tokens"],
-        "temperature": 1.0,
+        "temperature": job["temperature"],
         "learning_rate": job["lr"],
         "lr_scheduler_type": "constant",
         "weight_decay": 0.0,
@@ -56,19 +74,10 @@ def main(job_file: str) -> None:
         reward_funcs=[math_answer, FormatReward(job["pattern"])],
         args=config,
         train_dataset=Dataset.from_list(job["rows"]),
-        peft_config=LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM"),
+        peft_config=LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM", **job["lora"]),
         callbacks=[Clock()],
     )
     trainer.train()
-    history = [h for h in trainer.state.log_history if "reward" in h]
-    result = {
-        "seconds": seconds,
-        "wall": time.perf_counter() - began,
-        "reward": [h["reward"] for h in history],
-        "correct": [h["rewards/math_answer/mean"] for h in history],
-        "versions": {m.__name__: m.__version__ for m in (trl, transformers, torch)},
-    }
-    Path(job["out"]).write_text(json.dumps(result))
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from grpo_lightning.rollout.engine import EngineContext, Request
 from grpo_lightning.rollout.process_guard import process_kept, random_kept
 from grpo_lightning.rollout.session import Session
 from grpo_lightning.rollout.vllm_compat import (
+    Slot,
     check_version,
     fused_modules,
     import_vllm,
@@ -99,6 +100,7 @@ class VLLMEngine:
         self.exact = not allow_mismatch
         self._llm: Any = None
         self._asleep = False
+        self._slot: Slot | None = None
         self._stop_ids: list[int] = []
         self._vocabulary = 0
         self._longest = 0
@@ -147,7 +149,8 @@ class VLLMEngine:
         with process_kept(), _named("take the weights"), torch.no_grad():
             if self.sync_kind == "adapter":
                 sent = adapter_of(policy)
-                llm.collective_rpc(put_adapter, args=(sent.tensors, sent.config))
+                slot, self._slot = self._slot, None  # found anew after an error
+                (self._slot,) = llm.collective_rpc(put_adapter, args=(sent.tensors, sent.config, slot))
             else:
                 (fused,) = llm.collective_rpc(fused_modules)
                 source = (
@@ -228,7 +231,7 @@ class VLLMEngine:
         """Ends the engine and frees what it holds."""
         if self._llm is None:
             return
-        llm, self._llm = self._llm, None
+        llm, self._llm, self._slot = self._llm, None, None
         with process_kept():
             shut_down(llm, keep_process_group=self._had_group)
             del llm

@@ -4,7 +4,8 @@ Nothing here changes the policy: a merge is computed beside the frozen base, and
 it.
 """
 
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +21,8 @@ Named = tuple[str, Tensor]
 KINDS = ("auto", "adapter", "merge", "full")
 PLAIN_INITS = (True, False, "gaussian", "orthogonal", "eva")
 """values of `init_lora_weights` that leave the base as it was loaded"""
+SENT = re.compile(r"\.(lora_[AB]|lora_magnitude_vector)\.default\.weight$|\.modules_to_save\.default\.")
+"""names of what trains beside a frozen base and reaches an engine"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +85,7 @@ def why_no_adapter(policy: Policy) -> str | None:
     found = next((name for name, holds in cases.items() if holds), None)
     if found is not None:
         return f"vLLM's adapters have no model.lora.{found} ({getattr(config, found)!r})"
-    return _not_linear(policy)
+    return _not_sent(policy)
 
 
 def why_no_merge(policy: Policy) -> str | None:
@@ -94,66 +97,89 @@ def why_no_merge(policy: Policy) -> str | None:
         variant = layer.lora_variant.get("default")
         if variant is not None and not layer.use_dora["default"]:
             return f"{name} computes {type(variant).__name__}"
-    return _not_linear(policy)
+    return _not_sent(policy)
 
 
-def _not_linear(policy: Policy) -> str | None:
+def _not_sent(policy: Policy) -> str | None:
     from peft.tuners.lora import LoraLayer
 
     for name, module in policy.causal.named_modules():
         if isinstance(module, LoraLayer) and not module.lora_A:
             return f"{name} is a {type(module).__name__}; only linear layers are sent"
-    return None
+    return next(
+        (
+            f"{n} trains, which is not sent"
+            for n, p in policy.causal.named_parameters()
+            if p.requires_grad and not SENT.search(n)
+        ),
+        None,
+    )
 
 
 def lora_layers(policy: Policy) -> Iterator[tuple[str, Any]]:
     """Yields the adapted linear layers by the name they have without peft."""
     from peft.tuners.lora import LoraLayer
 
-    for name, module in policy.causal.named_modules():
-        if isinstance(module, LoraLayer) and "default" in module.lora_A:
-            yield name, module
+    return ((n, m) for n, m in _adapted(policy) if isinstance(m, LoraLayer) and "default" in m.lora_A)
+
+
+def _adapted(policy: Policy) -> Iterator[tuple[str, nn.Module]]:
+    """Yields what peft put in place of the model's own modules, by their names.
+
+    Does not look inside: most modules of an adapted model are there, and a walk over all takes as long as
+    the copying of a small adapter.
+    """
+    from peft.tuners.lora import LoraLayer
+    from peft.utils import ModulesToSaveWrapper
+
+    def walk(prefix: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+        for leaf, child in module.named_children():
+            if isinstance(child, LoraLayer | ModulesToSaveWrapper):
+                yield prefix + leaf, child
+            else:
+                yield from walk(f"{prefix}{leaf}.", child)
+
+    return walk("", policy.causal)
 
 
 def adapter_of(policy: Policy) -> Adapter:
-    """Returns the adapter as peft would save it; the tensors are the policy's own."""
-    from peft import get_peft_model_state_dict
+    """Returns the adapter by the names peft saves it under; the tensors are the policy's own.
 
-    tensors = get_peft_model_state_dict(policy.model, save_embedding_layers=False)
+    Only of policies that `why_no_adapter` finds nothing against.
+    """
+    tensors = {
+        f"base_model.model.{name}.{part}.weight": getattr(layer, part)["default"].weight
+        for name, layer in lora_layers(policy)
+        for part in ("lora_A", "lora_B")
+    }
     config = policy.model.peft_config["default"].to_dict()  # pyright: ignore
     targets = config["target_modules"]
     return Adapter(tensors, {**config, "target_modules": targets if isinstance(targets, str) else [*targets]})
 
 
-def merged_weights(policy: Policy, dtype: torch.dtype, fused: Mapping[str, list[str]]) -> Iterator[Named]:
+def merged_weights(
+    policy: Policy, dtype: torch.dtype, fused: Mapping[str, list[str]] | None
+) -> Iterator[Named]:
     """Yields (name, weight) of every module that training changes: W + s B A in fp32, rounded once.
-
-    Modules that the engine keeps as one come with all their parts, biases included: left out, the parts would
-    stay as they happen to lie in memory (NaN without an error on some engines).
 
     Args:
         policy: an adapter on an unquantised base.
         dtype: the engine's.
-        fused: the engine's module -> its parts, e.g. {qkv_proj: [q_proj, k_proj, v_proj]}.
+        fused: the engine's module -> its parts, e.g. {qkv_proj: [q_proj, k_proj, v_proj]}, where these have
+            to come together, biases included: left out, the others would stay as they happen to lie in memory
+            (NaN without an error on some engines). None where each weight may come alone.
     """
-    touched = [name for name, _ in lora_layers(policy)] + _saved(policy)
-    for name in _with_siblings(touched, fused):
+    touched = dict(_adapted(policy))
+    for name in touched if fused is None else _with_siblings(touched, fused):
         try:
-            module = policy.causal.get_submodule(name)
+            module = touched[name] if name in touched else policy.causal.get_submodule(name)
         except AttributeError:  # an architecture without this part
             continue
-        for leaf, value in _as_trained(module):
+        for leaf, value in _as_trained(module, whole=fused is not None):
             yield f"{name}.{leaf}", value.to(dtype)
 
 
-def _saved(policy: Policy) -> list[str]:
-    """Returns the modules that peft trains whole (`modules_to_save`)."""
-    from peft.utils import ModulesToSaveWrapper
-
-    return [n for n, m in policy.causal.named_modules() if isinstance(m, ModulesToSaveWrapper)]
-
-
-def _with_siblings(names: list[str], fused: Mapping[str, list[str]]) -> list[str]:
+def _with_siblings(names: Iterable[str], fused: Mapping[str, list[str]]) -> list[str]:
     """Returns `names` and the other parts of the stacks they belong to, each once, stacks together."""
     found: dict[str, None] = {}
     for name in names:
@@ -163,7 +189,7 @@ def _with_siblings(names: list[str], fused: Mapping[str, list[str]]) -> list[str
     return list(found)
 
 
-def _as_trained(module: nn.Module) -> Iterator[Named]:
+def _as_trained(module: nn.Module, whole: bool) -> Iterator[Named]:
     """Yields the module's parameters by name as the policy computes with them; fp32 where merged."""
     from peft.tuners.lora import LoraLayer
     from peft.utils import ModulesToSaveWrapper
@@ -171,21 +197,21 @@ def _as_trained(module: nn.Module) -> Iterator[Named]:
     if isinstance(module, LoraLayer):
         base: Any = module.get_base_layer()
         yield "weight", merged_weight(module)
-        if base.bias is not None:
+        if whole and base.bias is not None:  # it never trains: see `check_lora`
             yield "bias", base.bias.detach()
         return
-    whole = module.modules_to_save["default"] if isinstance(module, ModulesToSaveWrapper) else module
-    for leaf, p in whole.named_parameters():
+    source = module.modules_to_save["default"] if isinstance(module, ModulesToSaveWrapper) else module
+    for leaf, p in source.named_parameters():
         yield leaf, p.detach()
 
 
 @torch.no_grad()
 def merged_weight(layer: Any) -> Tensor:
     """Returns the fp32 weight [O, K] that an adapted linear layer stands for; DoRA's is rescaled by row."""
-    base = layer.get_base_layer().weight.detach().float()
+    base = layer.get_base_layer().weight
     a, b = layer.lora_A["default"].weight.float(), layer.lora_B["default"].weight.float()
-    delta = layer.scaling["default"] * (b @ a)
-    weight = base + (delta.T if layer.fan_in_fan_out else delta)
+    product = (a.T, b.T) if layer.fan_in_fan_out else (b, a)
+    weight = base.to(torch.float32, copy=True).addmm_(*product, alpha=layer.scaling["default"])
     if not layer.use_dora.get("default"):
         return weight
     magnitude = layer.lora_magnitude_vector["default"].weight.float()  # per output

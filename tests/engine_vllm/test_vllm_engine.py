@@ -6,81 +6,15 @@ import random
 import numpy as np
 import pytest
 import torch
-from models import TINY, save_tiny
+from models import TINY
+from serving import SHAPE, ask, distance, make_policy, move, start
 from tiny import tiny_tokenizer
 
-from grpo_lightning.batch import RolloutBatch
 from grpo_lightning.errors import ConfigError, EngineError
-from grpo_lightning.loading import load_policy
-from grpo_lightning.lora import lora_config
-from grpo_lightning.rollout import EngineContext, HFEngine, Request, VLLMEngine
-from grpo_lightning.rollout.engine import sample_seeds
+from grpo_lightning.rollout import EngineContext, VLLMEngine
 from grpo_lightning.samples import SamplingParams
 
 pytestmark = pytest.mark.vllm
-
-PROMPTS = [[5 + i % 20 for i in range(40)], [9, 8, 7, 6, 5, 4], [20]]
-SHAPE = {"hidden_size": 128, "head_dim": 32}
-"""vLLM's CPU attention takes no narrower heads"""
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return save_tiny(tmp_path_factory.mktemp("llama"), **SHAPE)
-
-
-def make_policy(folder, seed=1, dtype=torch.float32, **lora):
-    settings = {"r": 4, "lora_alpha": 8, **lora}
-    policy = load_policy(
-        folder,
-        tiny_tokenizer(),
-        lora=None if lora.get("r") == 0 else lora_config(settings),
-        model_kwargs={"dtype": dtype},
-    )
-    move(policy, seed)
-    return policy
-
-
-def move(policy, seed):
-    """Gives what trains a push that changes every distribution."""
-    torch.manual_seed(seed)
-    with torch.no_grad():
-        for p in policy.trainable().values():
-            p.add_(torch.randn_like(p) * 0.15)
-
-
-def start(policy, folder, **options):
-    engine = VLLMEngine(**{"max_num_seqs": 16, **options})
-    engine.start(EngineContext(policy=policy, model_path=folder, max_model_len=64, sampling=SamplingParams()))
-    return engine
-
-
-def ask(group=4, rollout=0, prompts=PROMPTS):
-    return [
-        Request(prompt_ids=p, seeds=sample_seeds(0, rollout, i, group), uid=i) for i, p in enumerate(prompts)
-    ]
-
-
-def distance(policy, requests, out, sampling):
-    """Returns |trainer - engine| over sampled tokens, in nats, and the same with the adapter off."""
-    flat = [c for group in out for c in group]
-    batch = RolloutBatch.pack(
-        prompt_ids=[r.prompt_ids for r in requests],
-        completions=flat,
-        group_ids=[i for i, group in enumerate(out) for _ in group],
-        advantages=torch.zeros(len(flat)),
-        max_tokens=sampling.max_tokens,
-        temperature=sampling.temperature,
-        truncation=sampling.truncation,
-    )
-    with torch.no_grad():
-        scores = policy.logprobs(batch)
-        rescored = batch if scores.log_kept is None else batch.rescored(scores.log_kept)
-        gap = (scores.logprobs - rescored.sampler_logprobs).abs()
-        if not policy.is_lora:
-            return gap, None
-        with policy.reference():
-            return gap, (policy.logprobs(batch).logprobs - rescored.sampler_logprobs).abs()
 
 
 KINDS = {
@@ -167,118 +101,6 @@ def test_half_precision_is_close(folder):
             engine.close()
 
 
-@pytest.fixture(scope="module")
-def served(folder):
-    """A policy and an engine that serves it; tests leave both as they are."""
-    policy = make_policy(folder)
-    engine = start(policy, folder, sync="adapter")
-    engine.sync(policy, 0)
-    yield policy, engine
-    engine.close()
-
-
-def test_hf_and_vllm_agree(served):
-    policy, engine = served
-    hf = HFEngine()
-    hf.sync(policy, 0)
-    sampling = SamplingParams(max_tokens=10, temperature=0.0)
-    theirs, ours = engine.generate(ask(1), sampling), hf.generate(ask(1), sampling)
-    for a, b in zip(theirs, ours, strict=True):
-        assert a[0].token_ids == b[0].token_ids
-        assert a[0].finish_reason == b[0].finish_reason
-        assert a[0].logprobs == pytest.approx(b[0].logprobs, abs=1e-4)
-
-
-def test_a_rollout_is_a_function_of_weights_and_seeds(served):
-    _, engine = served
-    sampling = SamplingParams(max_tokens=10)
-
-    def ids(requests):
-        return [[c.token_ids for c in group] for group in engine.generate(requests, sampling)]
-
-    first = ids(ask())
-    assert ids(ask()) == first
-    assert ids(ask()[::-1])[::-1] == first
-    assert ids(ask(rollout=1)) != first
-    many = ids(ask(group=8))
-    assert all(len({tuple(c) for c in group}) > 4 for group in many)
-
-
-def test_completions_end_at_an_end_token_or_the_limit(served):
-    policy, engine = served
-    out = engine.generate(ask(16), SamplingParams(max_tokens=12))
-    flat = [c for group in out for c in group]
-    assert {c.finish_reason for c in flat} == {"stop", "length"}
-    ends = set(policy.eos_ids)
-    for c in flat:
-        assert len(c.token_ids) == len(c.logprobs) <= 12
-        assert (c.token_ids[-1] in ends) == (c.finish_reason == "stop")
-        assert not ends & set(c.token_ids[:-1])
-        assert c.finish_reason == "stop" or len(c.token_ids) == 12
-
-
-@pytest.mark.parametrize("options", [{"top_p": 0.7}, {"top_k": 5}, {"min_p": 0.1}])
-def test_truncated_sampling_is_rescored_to_the_whole_vocabulary(served, options):
-    policy, engine = served
-    sampling = SamplingParams(max_tokens=10, **options)
-    gap, _ = distance(policy, ask(8), engine.generate(ask(8), sampling), sampling)
-    assert gap.mean() < 1e-4
-
-
-BAD = {
-    "no tokens": ([], "prompt 3 of rollout 7 has no tokens"),
-    "too long": ([5] * 60, "prompt 3 of rollout 7 has 60 tokens"),
-    "outside of the vocabulary": ([5, 131], "prompt 3 of rollout 7 has token ids outside"),
-}
-
-
-@pytest.mark.parametrize("case", BAD)
-def test_a_prompt_that_cannot_run_is_named(served, case):
-    _, engine = served
-    ids, message = BAD[case]
-    with pytest.raises(EngineError, match=message):
-        engine.generate(
-            [Request(prompt_ids=ids, seeds=[1], uid=3, rollout_index=7)], SamplingParams(max_tokens=8)
-        )
-    engine.generate(ask(), SamplingParams(max_tokens=2))  # and nothing of it is left behind
-
-
-def test_a_dead_engine_is_an_engine_error(served, monkeypatch):
-    _, engine = served
-
-    def die(*args, **kwargs):
-        raise RuntimeError("EngineCore encountered an issue")
-
-    monkeypatch.setattr(engine._llm.llm_engine, "step", die)
-    with pytest.raises(EngineError, match=r"could not generate: RuntimeError: EngineCore.*--ckpt_path last"):
-        engine.generate(ask(), SamplingParams(max_tokens=2))
-    monkeypatch.undo()
-
-
-def test_groups_come_as_they_end_and_others_may_join(served):
-    policy, engine = served
-    sampling = SamplingParams(max_tokens=20)
-    first, later = ask(4), ask(4, rollout=1)
-    session = engine.session(sampling)
-    session.add(first)
-    ended, joined = [], False
-    while session.busy:
-        ended += session.step()
-        if not joined:
-            session.add(later)
-            joined = True
-    assert {id(r) for r, _ in ended} == {id(r) for r in (*first, *later)}
-    alone = {id(r): group for r, group in zip(first, engine.generate(first, sampling), strict=True)}
-    for request, completions in ended:
-        if id(request) in alone:
-            assert [c.token_ids for c in completions] == [c.token_ids for c in alone[id(request)]]
-    session = engine.session(sampling)
-    session.add(first)
-    session.abort()
-    assert not session.busy
-    engine.sync(policy, 0)  # needs an engine in which nothing runs
-
-
 def process():
     return {
         "python": random.getstate(),
@@ -315,56 +137,6 @@ def test_the_process_stays_as_it_was(folder, monkeypatch):
         assert not torch.distributed.is_initialized()
     finally:
         torch.set_float32_matmul_precision("highest")
-
-
-def test_nothing_drifts_over_100_merges(folder):
-    policy = make_policy(folder)
-    base = {n: p.clone() for n, p in policy.named_parameters() if not p.requires_grad}
-    engine = start(policy, folder, sync="merge")
-    sampling = SamplingParams(max_tokens=10)
-    try:
-        for version in range(100):
-            engine.sync(policy, version)
-        assert all(torch.equal(p, base[n]) for n, p in policy.named_parameters() if n in base)
-        gap, _ = distance(policy, ask(), engine.generate(ask(), sampling), sampling)
-        assert gap.mean() < 2e-5
-    finally:
-        engine.close()
-
-
-def test_a_module_without_a_place_is_an_error(served, monkeypatch):
-    from grpo_lightning.rollout import vllm
-    from grpo_lightning.rollout.weights import Adapter, adapter_of
-
-    policy, engine = served
-
-    def with_more(p):
-        sent = adapter_of(p)
-        name = "base_model.model.model.layers.0.self_attn.r_proj"
-        a, b = torch.zeros(4, 128), torch.zeros(128, 4)
-        return Adapter({**sent.tensors, f"{name}.lora_A.weight": a, f"{name}.lora_B.weight": b}, sent.config)
-
-    monkeypatch.setattr(vllm, "adapter_of", with_more)
-    with pytest.raises(EngineError, match=r"no place for the adapter of .*r_proj.*1 modules"):
-        engine.sync(policy, 1)
-    monkeypatch.undo()
-    engine.sync(policy, 0)
-
-
-def test_a_slot_that_holds_something_else_is_an_error(served, monkeypatch):
-    from vllm.lora.layers.base_linear import BaseLinearLayerWithLoRA
-
-    policy, engine = served
-    stock = BaseLinearLayerWithLoRA.set_lora
-
-    def sloppy(self, index, lora_a, lora_b):
-        stock(self, index, lora_a, lora_b * 1.01)
-
-    monkeypatch.setattr(BaseLinearLayerWithLoRA, "set_lora", sloppy)
-    with pytest.raises(EngineError, match="does not hold what was pushed"):
-        engine.sync(policy, 1)
-    monkeypatch.undo()
-    engine.sync(policy, 0)
 
 
 def test_a_regex_holds(folder):

@@ -6,7 +6,6 @@ import pytest
 import torch
 from fits import data, module, rollout, rows_of, same_bits, trainer, weights
 from lightning.pytorch.callbacks import ModelCheckpoint
-from models import save_tiny
 
 from grpo_lightning import PromptDataModule
 from grpo_lightning.callbacks import ValidationConfig
@@ -14,11 +13,6 @@ from grpo_lightning.errors import EngineError
 from grpo_lightning.rollout import VLLMEngine
 
 pytestmark = pytest.mark.vllm
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return save_tiny(tmp_path_factory.mktemp("llama"), hidden_size=128, head_dim=32)
 
 
 def engine(**options):

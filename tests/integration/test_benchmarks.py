@@ -1,10 +1,12 @@
 """The benchmark scripts run, at sizes that say nothing."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from models import save_tiny
 
 ROOT = Path(__file__).parents[2]
 
@@ -24,3 +26,24 @@ def test_small(script, row):
     assert done.returncode == 0, done.stderr[-3000:]
     (found,) = [line for line in done.stdout.splitlines() if line.startswith(f"{row}  ")]
     assert float(found.removeprefix(row).split()[0]) > 0
+
+
+def test_learning(tmp_path):
+    model = save_tiny(tmp_path / "tiny")
+    command = [
+        *(
+            sys.executable,
+            str(ROOT / "benchmarks" / "bench_learning.py"),
+            "--config",
+            "configs/quickstart.yaml",
+        ),
+        *("--model", model, "--sides", "HF", "--steps", "3", "--out", str(tmp_path)),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False, timeout=240)
+    assert done.returncode == 0, done.stderr[-3000:]
+    (file,) = tmp_path.glob("learning-quickstart-*.json")
+    side = json.loads(file.read_text())["sides"]["HF"]
+    assert "failed" not in side, side["failed"]
+    assert len(side["seconds"]) == len(side["correct"]) == len(side["reward"]) == 3
+    assert 0 < side["start_s"] < side["wall_s"]
+    assert done.stdout.splitlines()[-1].split()[:2] == ["HF", "3"]

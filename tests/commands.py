@@ -1,0 +1,66 @@
+"""`grpo-lightning` as a process of its own, forked from one that has imported what takes seconds."""
+
+import json
+import os
+import subprocess
+import sys
+import traceback
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+
+class Ended(NamedTuple):
+    """How a command ended."""
+
+    code: int
+    out: str
+    err: str
+
+
+def command(*args: str, cwd: Path) -> Ended:
+    """Runs `grpo-lightning ARGS` in `cwd`, offline and without a GPU."""
+    out, err = cwd / ".out", cwd / ".err"
+    server = _server()
+    print(json.dumps([args, str(cwd), str(out), str(err)]), file=server.stdin, flush=True)
+    code = int(server.stdout.readline())
+    return Ended(code, out.read_text(), err.read_text())
+
+
+@cache
+def _server() -> Any:
+    """Starts the process once; it ends with its input."""
+    env = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
+    return subprocess.Popen(
+        [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env
+    )
+
+
+def _serve() -> None:
+    """Forks for each line of the input; answers with exit codes."""
+    del sys.path[0]  # this folder
+    import grpo_lightning.cli  # noqa: F401
+    from grpo_lightning.__main__ import main
+
+    for line in sys.stdin:
+        args, cwd, *files = json.loads(line)
+        child = os.fork()
+        if child == 0:
+            os.chdir(cwd)
+            for number, file in enumerate(files, start=1):
+                os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+            code = 1
+            try:
+                code = main(args)
+            except SystemExit as e:
+                code = e.code if isinstance(e.code, int) else int(e.code is not None)
+            except BaseException:
+                traceback.print_exc()
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
+        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+
+
+if __name__ == "__main__":
+    _serve()

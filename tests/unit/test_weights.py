@@ -1,0 +1,67 @@
+"""What engines get of a policy's weights: the adapter by peft's names, merges in fp32, nothing left out."""
+
+import pytest
+import torch
+from models import save_tiny
+from tiny import tiny_tokenizer
+
+from grpo_lightning.errors import ConfigError
+from grpo_lightning.loading import load_policy
+from grpo_lightning.lora import lora_config
+from grpo_lightning.rollout.weights import adapter_of, choose_kind, merged_weights
+
+FUSED = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
+
+
+def make_policy(tmp_path, dtype=torch.float32, **lora):
+    folder = save_tiny(tmp_path)
+    config = lora_config({"r": 4, "lora_alpha": 6, **lora})
+    policy = load_policy(folder, tiny_tokenizer(), lora=config, model_kwargs={"dtype": dtype})
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for p in policy.trainable().values():
+            p.add_(torch.randn_like(p) * 0.15)
+    return policy
+
+
+def test_an_adapter_is_what_peft_saves(tmp_path):
+    from peft import get_peft_model_state_dict
+
+    policy = make_policy(tmp_path, target_modules=["q_proj", "down_proj"])
+    theirs = get_peft_model_state_dict(policy.model)
+    ours = adapter_of(policy).tensors
+    assert ours.keys() == theirs.keys()
+    assert all(ours[n].data_ptr() == t.data_ptr() for n, t in theirs.items())
+    assert {id(t) for t in ours.values()} == {id(p) for p in policy.trainable().values()}
+
+
+@pytest.mark.parametrize("lora", [{}, {"use_rslora": True}, {"use_dora": True}])
+def test_a_merge_is_exact_to_one_rounding(tmp_path, lora):
+    policy = make_policy(tmp_path, torch.bfloat16, **lora)
+    merged = dict(merged_weights(policy, torch.bfloat16, FUSED))
+    policy.model.double().merge_and_unload()
+    for name, ours in merged.items():
+        exact = policy.causal.get_submodule(name.removesuffix(".weight")).weight
+        off = (ours.double() - exact).abs()
+        assert (off <= 1.004 * 2**-8 * exact.abs().clamp_min(1e-6)).all(), name
+
+
+def test_stacks_come_whole_where_they_have_to(tmp_path):
+    policy = make_policy(
+        tmp_path, target_modules=["k_proj", "gate_proj"], modules_to_save=["input_layernorm"]
+    )
+    alone = [n for n, _ in merged_weights(policy, torch.float32, None)]
+    whole = [n for n, _ in merged_weights(policy, torch.float32, FUSED)]
+    layer = ["self_attn.k_proj", "mlp.gate_proj", "input_layernorm"]
+    assert alone == [f"model.layers.{i}.{n}.weight" for i in range(2) for n in layer]
+    assert [n for n in whole if n in alone] == alone
+    assert len(whole) == len(set(whole)) == 2 * 6
+
+
+@pytest.mark.parametrize("kind", ["adapter", "merge"])
+def test_what_trains_and_would_not_be_sent_is_refused(tmp_path, kind):
+    policy = make_policy(tmp_path, target_modules=["q_proj"])
+    assert choose_kind(policy, kind) == kind
+    policy.causal.model.norm.weight.requires_grad_()
+    with pytest.raises(ConfigError, match=r"model\.norm\.weight trains, which is not sent"):
+        choose_kind(policy, kind)
