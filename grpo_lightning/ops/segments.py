@@ -118,9 +118,12 @@ def _pieces(start: int, lengths: list[int]) -> list[range]:
 
 
 def _filling(lengths: list[int]) -> list[int]:
-    """Returns the lengths of segments to add, none of them 0, for few numbers of rows and of segments."""
-    count = -(-(len(lengths) + 4) // 8) * 8 - len(lengths)
-    least = sum(lengths) + count
+    """Returns the lengths of segments to add, none of them 0, for few numbers of rows and of segments.
+
+    How many rows they have follows from the sum of `lengths` alone: one region may be cut in two ways.
+    """
+    count = -(-(len(lengths) + 4) // 8) * 8 - len(lengths)  # 4 to 11
+    least = sum(lengths) + 11
     step = 1 << max(least.bit_length() - 5, 6)  # 16 sizes between a power of 2 and the next
     rows = -(-least // step) * step - sum(lengths)
     return [rows // count + (i < rows % count) for i in range(count)]

@@ -1,5 +1,6 @@
 """Attention with shared prompts: two calls merged are one softmax, forward and backward."""
 
+import random
 import warnings
 
 import pytest
@@ -40,6 +41,26 @@ def dense(q, k, v, prompts, rows, scale):
     return torch.nn.functional.scaled_dot_product_attention(
         q.transpose(0, 1), k.transpose(0, 1), v.transpose(0, 1), attn_mask=mask, scale=scale, enable_gqa=True
     ).transpose(0, 1)
+
+
+@pytest.mark.parametrize("few_shapes", [False, True])
+def test_every_row_is_in_a_segment(few_shapes):
+    """Kernels leave what no segment holds as it was."""
+    draw = random.Random(0)
+    for _ in range(300):
+        prompts = [draw.randint(0, 700) for _ in range(draw.randint(1, 6))]
+        rows = [[draw.randint(0, 90) for _ in range(draw.randint(1, 9))] for _ in prompts]
+        x = SharedPrompts.of(prompts, rows, torch.device("cpu"), few_shapes=few_shapes)
+        total = sum(prompts) + sum(map(sum, rows)) if x.order is None else len(x.order)
+        ends = [int(e[-1]) for e in (x.alone.query, x.alone.key, x.towards.key, x.towards.query)]
+        regions = [r.stop - r.start for r in (x.prompts, x.completions)]
+        assert ends == [total, total, *regions]
+        assert x.completions.stop == total
+        for spans in (x.alone, x.towards):
+            for end, longest in ((spans.query, spans.longest_query), (spans.key, spans.longest_key)):
+                lengths = end.diff()
+                assert (lengths > 0).all()
+                assert longest >= max(lengths.tolist(), default=0)
 
 
 @pytest.mark.parametrize("few_shapes", [False, True])
