@@ -1,9 +1,12 @@
 """`ops.policy_loss` by the kernel: what it covers, which parts a call takes, its launch."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from triton import knobs
 
 from grpo_lightning.batch import RolloutBatch
 from grpo_lightning.losses import AGGREGATIONS, KL_ESTIMATORS, LossConfig, objectives
@@ -116,6 +119,23 @@ def lacks(batch: RolloutBatch, config: LossConfig, entropy: Tensor | None, entro
     )
 
 
+@contextmanager
+def _unwatched() -> Iterator[None]:
+    """Sets aside who watches Triton compile, as vLLM does in the trainer's process.
+
+    Triton 3.6 describes a kernel's constants to them in JSON, which has no word for a device function.
+    """
+    watchers = "jit_cache_hook", "jit_post_compile_hook"
+    known = {name: getattr(knobs.runtime, name) for name in watchers}
+    for name in watchers:
+        setattr(knobs.runtime, name, None)
+    try:
+        yield
+    finally:
+        for name, hook in known.items():
+            setattr(knobs.runtime, name, hook)
+
+
 def policy_loss_grad(
     logprobs: Tensor,
     batch: RolloutBatch,
@@ -132,10 +152,11 @@ def policy_loss_grad(
     dlogprobs = torch.empty_like(logprobs, memory_format=torch.contiguous_format)
     dentropy = torch.empty_like(dlogprobs) if entropy_coef else None
     numbers = _numbers(batch, config, kl_coef, entropy_coef)
-    loss_kernel[(len(batch.lengths),)](
-        _data(logprobs, batch, config, entropy), numbers, rules, dlogprobs, dentropy, columns,
-        WIDTH=width, **flags, BLOCK=BLOCK, num_warps=4,
-    )  # fmt: skip
+    with _unwatched():
+        loss_kernel[(len(batch.lengths),)](
+            _data(logprobs, batch, config, entropy), numbers, rules, dlogprobs, dentropy, columns,
+            WIDTH=width, **flags, BLOCK=BLOCK, num_warps=4,
+        )  # fmt: skip
     present = {
         "kl": rules.kl is not None,
         "entropy": entropy is not None,

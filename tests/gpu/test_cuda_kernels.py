@@ -1,7 +1,7 @@
 """The kernels on a GPU against fp64: `pytest -m gpu tests/gpu`, then `pytest tests/unit/test_*_triton.py`."""
 
 import gc
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import pytest
 import torch
@@ -365,3 +365,21 @@ class NoGraph:
 
     def hidden(self, ids, positions, layout):
         assert len(ids) == len(layout.shared.order)
+
+
+def test_a_loss_that_compiles_while_somebody_watches():
+    """As vLLM does in the trainer's process."""
+    from triton import knobs
+
+    told = []
+    knobs.runtime.jit_post_compile_hook = lambda **kwargs: told.append(kwargs)
+    try:
+        batch = random_rollout(seed=1).to("cuda")
+        logprobs = -torch.rand(len(batch.target_ids), device="cuda")
+        config = LossConfig("grpo", kl_coef=0.1, kl_estimator="k2", dual_clip=2.5)  # of no other test
+        out = policy_loss_grad(
+            logprobs, replace(batch, ref_logprobs=logprobs - 0.1), config, backend="triton"
+        )
+    finally:
+        knobs.runtime.jit_post_compile_hook = None
+    assert out.loss.isfinite()

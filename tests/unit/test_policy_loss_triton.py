@@ -312,3 +312,25 @@ def test_all_that_the_tables_hold_is_covered():
     assert set(kernel.ESTIMATORS) == set(KL_ESTIMATORS)
     assert set(kernel.SPANS) == set(LEVELS)
     assert set(kernel.MODES) == set(MODES)
+
+
+def test_nobody_watches_a_launch(monkeypatch):
+    """Triton 3.6 fails to tell a watcher, and vLLM is one, about a kernel that takes functions."""
+    from triton import knobs
+
+    def watcher(**kwargs):
+        raise AssertionError("told")
+
+    monkeypatch.setattr(knobs.runtime, "jit_cache_hook", watcher)
+    monkeypatch.setattr(knobs.runtime, "jit_post_compile_hook", watcher)
+    seen, launch = [], kernel.loss_kernel
+
+    class Launch:
+        def __getitem__(self, grid):
+            seen.append((knobs.runtime.jit_cache_hook, knobs.runtime.jit_post_compile_hook))
+            return launch[grid]
+
+    monkeypatch.setattr(kernel, "loss_kernel", Launch())
+    assert_as_twin(LossConfig("dapo"), **case())
+    assert seen == [(None, None)]
+    assert knobs.runtime.jit_post_compile_hook is watcher
