@@ -1,6 +1,7 @@
 """Numbers that must agree: the prepared model's with the model as loaded, the engine's with the trainer's."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -58,40 +59,55 @@ def first_step_distance(policy: Policy, rollout: RolloutBatch) -> dict[str, floa
 
 def logprob_distance(policy: Policy, batch: RolloutBatch) -> Tensor:
     """Returns |log-probability - that of the model as loaded, one completion per row| [N], in nats."""
-    with torch.no_grad():
-        return (_prepared(policy, batch) - _plain(policy, batch)).abs()
+    found = []
+    for way in (_prepared, _plain):
+        with way(policy) as logprobs:
+            found.append(logprobs(batch))
+    return (found[0] - found[1]).abs()
 
 
 def gradient_distance(policy: Policy, batch: RolloutBatch) -> Tensor:
-    """Returns |g - g'| / |g'|, with g' the gradient of the model as loaded, of summed log-probabilities."""
+    """Returns |g - g'| / |g'|, with g' the gradient of the model as loaded, of summed log-probabilities.
+
+    Nothing may drop out: layers are checkpointed only in training mode, and it is taken for the gradients.
+    """
     params = list(policy.trainable().values())
-
-    def gradient(logprobs: Callable[[Policy, RolloutBatch], Tensor]) -> Tensor:
-        with torch.enable_grad():
-            total = logprobs(policy, batch).sum()
-            graph = total.requires_grad
-            found = torch.autograd.grad(total, params, allow_unused=True) if graph else [None] * len(params)
+    gradients = []
+    for way in (_prepared, _plain):
+        with way(policy) as logprobs, torch.enable_grad():
+            policy.model.train()
+            total = logprobs(batch).sum()
+            # inside, since a checkpointed layer runs again here
+            known = total.requires_grad
+            found = torch.autograd.grad(total, params, allow_unused=True) if known else [None] * len(params)
         pairs = zip(found, params, strict=True)
-        return torch.cat([(torch.zeros_like(p) if g is None else g).flatten() for g, p in pairs]).float()
+        gradients.append(torch.cat([(torch.zeros_like(p) if g is None else g).flatten() for g, p in pairs]))
+    got, want = (g.float() for g in gradients)
+    return (got - want).norm() / want.norm().clamp_min(1e-30)
 
-    want = gradient(_plain)
-    return (gradient(_prepared) - want).norm() / want.norm().clamp_min(1e-30)
+
+LogProbs = Callable[[RolloutBatch], Tensor]
 
 
-def _prepared(policy: Policy, batch: RolloutBatch) -> Tensor:
-    gradients, training = torch.is_grad_enabled(), policy.model.training
+@contextmanager
+def _prepared(policy: Policy) -> Iterator[LogProbs]:
+    training = policy.model.training
     policy.model.eval()
-    with policy.measuring(), torch.set_grad_enabled(gradients):
-        found = policy.logprobs(batch).logprobs
-    policy.model.train(training)
-    return found
+    try:
+        with policy.measuring():
+            yield lambda batch: policy.logprobs(batch).logprobs
+    finally:
+        policy.model.train(training)
 
 
-def _plain(policy: Policy, batch: RolloutBatch) -> Tensor:
-    gradients = torch.is_grad_enabled()
-    with policy.prepared.plain(), policy.generating(), torch.set_grad_enabled(gradients):
+@contextmanager
+def _plain(policy: Policy) -> Iterator[LogProbs]:
+    def logprobs(batch: RolloutBatch) -> Tensor:
         rows = padded_hidden(policy.causal.get_decoder(), batch, policy.pad_id)
         return policy.scores(rows, batch, entropy_grad=False).logprobs
+
+    with policy.prepared.plain(), policy.generating():
+        yield logprobs
 
 
 def _largest_distance(policy: Policy) -> float:

@@ -121,6 +121,15 @@ def test_the_first_step_is_compared_with_the_model_as_loaded(model_folder, tmp_p
     assert 0 <= float(first["check/gradient_distance"]) < 1e-3
 
 
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_the_first_gradient_with_checkpointed_layers(model_folder, tmp_path, checkpointing):
+    m = module(model_folder, kernels=KernelConfig(lora="on"), gradient_checkpointing=checkpointing)
+    trainer(tmp_path, rollout(), max_steps=1).fit(m, data())
+    first = next(r for r in rows_of(tmp_path) if r["loss"])
+    assert 0 <= float(first["check/gradient_distance"]) < 1e-3
+    assert m.policy.model.training
+
+
 def test_a_kernel_without_its_gradient_stops_the_run(model_folder, tmp_path, monkeypatch):
     """Log-probabilities are right."""
     from grpo_lightning import lora_layers
