@@ -84,34 +84,34 @@ def lay_together(tensors: Sequence[Tensor]) -> None:
 
 def adjoining(tensors: Sequence[Tensor | None]) -> Tensor | None:
     """Returns one view of tensors that lie one after another in one memory, or None if they do not."""
-    first = tensors[0]
-    if first is None or torch.compiler.is_compiling():
+    parts = [t for t in tensors if t is not None]
+    if len(parts) < len(tensors) or torch.compiler.is_compiling():
         return None
-    storage, at = first.untyped_storage().data_ptr(), first.storage_offset()
-    for t in tensors:
-        if t is None or not t.is_contiguous():
-            return None
-        if t.storage_offset() != at or t.untyped_storage().data_ptr() != storage:
-            return None
-        at += t.numel()
-    rows = sum(len(t) for t in tensors if t is not None)
-    return first.as_strided((rows, *first.shape[1:]), first.stride())
+    whole = all(t.is_contiguous() for t in parts) and _in_a_row(parts, [t.numel() for t in parts])
+    first, rows = parts[0], sum(len(t) for t in parts)
+    return first.as_strided((rows, *first.shape[1:]), first.stride()) if whole else None
 
 
 def side_by_side(columns: Sequence[Tensor | None]) -> Tensor | None:
     """Returns [T, sum of O_i] of columns [T, O_i], which it copies unless they lie so; None if one is."""
-    if any(c is None for c in columns):
-        return None
     parts = [c for c in columns if c is not None]
-    first, width = parts[0], sum(c.shape[1] for c in parts)
-    storage, at = first.untyped_storage().data_ptr(), first.storage_offset()
-    for c in parts:
-        if c.stride() != (width, 1) or c.storage_offset() != at:
-            return torch.cat(parts, 1)
-        if c.untyped_storage().data_ptr() != storage:
-            return torch.cat(parts, 1)
-        at += c.shape[1]
+    if len(parts) < len(columns):
+        return None
+    widths = [c.shape[1] for c in parts]
+    first, width = parts[0], sum(widths)
+    if any(c.stride() != (width, 1) for c in parts) or not _in_a_row(parts, widths):
+        return torch.cat(parts, 1)
     return first.as_strided((first.shape[0], width), (width, 1))
+
+
+def _in_a_row(parts: Sequence[Tensor], steps: Sequence[int]) -> bool:
+    """Returns whether the parts lie in one memory, each its predecessor's step behind it."""
+    storage, at = parts[0].untyped_storage().data_ptr(), parts[0].storage_offset()
+    for part, step in zip(parts, steps, strict=True):
+        if part.storage_offset() != at or part.untyped_storage().data_ptr() != storage:
+            return False
+        at += step
+    return True
 
 
 class _LoraLinears(torch.autograd.Function):

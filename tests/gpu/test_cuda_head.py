@@ -7,9 +7,9 @@ import warnings
 
 import pytest
 import torch
+from ways import calls_through_logits
 
 from grpo_lightning.ops import fused_linear_logprobs, head_gemm, head_gemm_triton
-from grpo_lightning.ops.head_logits import Logits
 
 pytestmark = pytest.mark.gpu
 VOCABULARY = 151_936
@@ -18,12 +18,7 @@ VOCABULARY = 151_936
 @pytest.fixture(autouse=True)
 def redone(monkeypatch):
     """Lists the calls that went through logits."""
-    calls = []
-    real = Logits.scores
-    monkeypatch.setattr(
-        Logits, "scores", lambda self, x, want_u: calls.append(want_u) or real(self, x, want_u)
-    )
-    return calls
+    return calls_through_logits(monkeypatch)
 
 
 def draw(*shape, seed=0, scale=1.0):

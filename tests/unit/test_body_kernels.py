@@ -17,7 +17,7 @@ def draw(*shape, seed=0, dtype=torch.float32, scale=1.0):
     return x.to(DEVICE, dtype)
 
 
-def near(got, want, dtype):
+def assert_near(got, want, dtype):
     gap = (got.double() - want.double()).norm().item()
     assert gap <= TOLERANCE[dtype] * max(want.double().norm().item(), 1.0), gap
 
@@ -69,11 +69,11 @@ def test_swiglu_against_fp64(backend, dtype, shape):
     inputs = [draw(*shape, seed=i, dtype=dtype, scale=3.0).requires_grad_() for i in range(2)]
     got = run(lambda g, u: swiglu(g, u, backend), inputs)
     want = exactly(lambda g, u: torch.nn.functional.silu(g) * u, inputs, dtype)
-    near(got[0], want[0], dtype)
+    assert_near(got[0], want[0], dtype)
     for a, b, t in zip(got[1], want[1], inputs, strict=True):
         assert a.dtype == dtype
         assert a.shape == t.shape
-        near(a, b, dtype)
+        assert_near(a, b, dtype)
 
 
 @pytest.mark.parametrize("backend", backends())
@@ -132,7 +132,7 @@ def test_rotary_against_fp64(backend, dtype, shape):
         assert a.dtype == dtype
         assert a.shape == t.shape
         assert a.is_contiguous()
-        near(a, b, dtype)
+        assert_near(a, b, dtype)
 
 
 @pytest.mark.parametrize("backend", backends())
@@ -154,11 +154,11 @@ def test_rotary_of_slices_and_with_strided_and_expanded_gradients(backend):
         [torch.ones((), device=DEVICE).expand(1, 9, n, 16) for n in (4, 2)],
     )
     for a, b in zip(got, want, strict=True):
-        near(a[0], b, torch.float32)
+        assert_near(a[0], b, torch.float32)
     for dy in gradients:
         (back,) = torch.autograd.grad(got, product, dy, retain_graph=True)
         (exact,) = torch.autograd.grad(want, wide, [d[0].double() for d in dy], retain_graph=True)
-        near(back, exact, torch.float32)
+        assert_near(back, exact, torch.float32)
 
 
 @pytest.mark.parametrize("backend", backends())

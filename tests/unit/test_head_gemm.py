@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from ways import calls_through_logits
 
 from grpo_lightning.ops import fused_linear_logprobs
 from grpo_lightning.ops.head import Head, Inputs, Scores
@@ -17,11 +18,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, wh
 @pytest.fixture(autouse=True)
 def redone(monkeypatch):
     """Lets a CPU go this way; lists the calls that went through logits instead."""
-    calls = []
-    real = Logits.scores
-    monkeypatch.setattr(
-        Logits, "scores", lambda self, x, want_u: calls.append(want_u) or real(self, x, want_u)
-    )
+    calls = calls_through_logits(monkeypatch)
     if not GPU:
         monkeypatch.setattr(head_gemm, "suits", lambda hidden, weight: True)
     return calls
