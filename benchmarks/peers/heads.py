@@ -3,8 +3,10 @@
 `IMPORTED` call the library itself; `RETYPED` are designs of others in our words, and say so in every table.
 """
 
+import sys
 from collections.abc import Callable
-from importlib.util import find_spec
+from importlib.machinery import ModuleSpec
+from importlib.util import find_spec, module_from_spec
 from typing import Any
 
 import torch
@@ -65,8 +67,26 @@ def liger_triton(hidden: Tensor, weight: Tensor, ids: Tensor) -> tuple[Tensor, T
     return loss.flatten(), None
 
 
+def _without_patches() -> None:
+    """Lets unsloth_zoo's files be imported; its `__init__` needs all of Unsloth and patches transformers."""
+    (root,) = find_spec("unsloth_zoo").submodule_search_locations  # pyright: ignore
+    for part in ("", "fused_losses", "temporary_patches"):
+        spec = ModuleSpec(f"unsloth_zoo.{part}".rstrip("."), None, is_package=True)
+        spec.submodule_search_locations = [f"{root}/{part}".rstrip("/")]
+        sys.modules.setdefault(spec.name, module_from_spec(spec))
+
+
+def unsloth(hidden: Tensor, weight: Tensor, ids: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Unsloth 2026.10's own function at its defaults; it computes no entropy."""
+    _without_patches()
+    from unsloth_zoo.fused_losses.chunked_logprob import unsloth_chunked_logprobs
+
+    return unsloth_chunked_logprobs(hidden, weight, ids), None
+
+
 IMPORTED: dict[str, tuple[str, Head]] = {
     "TRL 1.16 chunked (imported)": ("trl", trl_chunked),
+    "Unsloth 2026.10 chunked (imported, no entropy)": ("unsloth_zoo", unsloth),
     "Liger Triton on full logits (imported, loss instead of log-prob)": ("liger_kernel", liger_triton),
 }
 RETYPED: dict[str, Head] = {
