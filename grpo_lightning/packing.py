@@ -174,11 +174,12 @@ def balance(
     if m < 1:
         raise ConfigError(f"a rollout is split into {m} parts; it must be at least 1")
 
+    rows = [sum(max(lengths[s] - 1, 0) for s in unit) for unit in units]
+
     def fill(capacity: int) -> list[list[int]]:
         parts: list[list[int]] = [[]]
         used, group = 0, -1
-        for unit in units:
-            own = sum(max(lengths[s] - 1, 0) for s in unit)
+        for unit, own in zip(units, rows, strict=True):
             g = groups[unit[0]]
             cost = own + (prompts[g] if g != group else 0)
             if parts[-1] and used + cost > capacity:
@@ -188,7 +189,8 @@ def balance(
             used, group = used + cost, g
         return parts
 
-    low, high = 0, sum(prompts) + sum(lengths) + 1
+    total = sum(rows) + sum(prompts[g] for g in {groups[unit[0]] for unit in units})
+    low, high = total // m, total
     while low < high:
         middle = (low + high) // 2
         low, high = (low, middle) if len(fill(middle)) <= m else (middle + 1, high)

@@ -51,21 +51,29 @@ def _forward(
     rounded = (torch.cat(a) if len(a) > 1 else a[0]).to(x.dtype)
     narrow = [m.to(x.dtype) for m in b]
     h = _scaled(x, rounded, ranks, scalings)
+    # What is small comes first: the large product adds to it on its way out, without another pass.
+    parts = h.split(ranks, 1)
     base = adjoining(weights)
     if base is None:
-        made = [
-            linear(x, weight, bias) if y is None else y
-            for weight, bias, y in zip(weights, biases, given, strict=True)
-        ]
-    else:
-        bias = adjoining(biases) if biases[0] is not None else None
-        made = linear(x, base, bias).split([m.shape[0] for m in b], 1)
-    out = []
-    for part, m, into, y in zip(h.split(ranks, 1), narrow, made, given, strict=True):
-        # torch 2.11 compiles a forward that writes in place into one without a gradient, and says nothing.
-        in_place = y is None and not torch.compiler.is_compiling()
-        out.append(into.addmm_(part, m.T) if in_place else torch.addmm(into, part, m.T))
-    return tuple(out), [h, rounded, *narrow, *weights]
+        out = []
+        for part, m, weight, bias, y in zip(parts, narrow, weights, biases, given, strict=True):
+            if y is not None:  # its bias is in it
+                out.append(torch.addmm(y, part, m.T))
+            else:
+                out.append(_plus(linear(part, m, bias), x, weight.T))
+        return tuple(out), [h, rounded, *narrow, *weights]
+    whole = x.new_empty(x.shape[0], base.shape[0])
+    out = whole.split([m.shape[0] for m in b], 1)
+    for part, m, bias, into in zip(parts, narrow, biases, out, strict=True):
+        torch.mm(part, m.T, out=into) if bias is None else torch.addmm(bias, part, m.T, out=into)
+    whole.addmm_(x, base.T)
+    return out, [h, rounded, *narrow, *weights]
+
+
+def _plus(y: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """Returns y + a @ b, in the memory of y."""
+    # torch 2.11 compiles a forward that writes in place into one without a gradient, and says nothing.
+    return torch.addmm(y, a, b) if torch.compiler.is_compiling() else y.addmm_(a, b)
 
 
 def _scaled(x: Tensor, a: Tensor, ranks: list[int], scalings: tuple[float, ...]) -> Tensor:
@@ -139,9 +147,7 @@ class _LoraLinears(torch.autograd.Function):
                 continue
             dpart.addmm_(dy, narrow[i], beta=0, alpha=ctx.scalings[i])
             gradients.append(wide_product(dy.T, part).to(ctx.masters[i][1]))
-        dx = _through(dys, weights) if ctx.needs_input_grad[0] else None
-        if ctx.needs_input_grad[0]:
-            dx = dh @ a if dx is None else dx.addmm_(dh, a)
+        dx = _through(dh @ a, dys, weights) if ctx.needs_input_grad[0] else None
         da = wide_product(dh.T, x).split(ranks)
         out: list[Tensor | None] = [dx, None]
         for i, dy in enumerate(dys):
@@ -150,14 +156,13 @@ class _LoraLinears(torch.autograd.Function):
         return tuple(out)
 
 
-def _through(dys: Sequence[Tensor | None], weights: Sequence[Tensor | None]) -> Tensor | None:
-    """Returns the sum of dy_i W_i over the layers with both, in one product where the weights adjoin."""
+def _through(dx: Tensor, dys: Sequence[Tensor | None], weights: Sequence[Tensor | None]) -> Tensor:
+    """Adds dy_i W_i to dx for all layers with both, in one product where the weights adjoin."""
     base = adjoining(weights) if len(weights) > 1 else None
     dy = None if base is None else side_by_side(dys)
     if base is not None and dy is not None:
-        return dy @ base
-    dx = None
+        return dx.addmm_(dy, base)
     for dy, weight in zip(dys, weights, strict=True):
         if dy is not None and weight is not None:
-            dx = dy @ weight if dx is None else dx.addmm_(dy, weight)
+            dx.addmm_(dy, weight)
     return dx

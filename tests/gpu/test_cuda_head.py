@@ -141,7 +141,7 @@ def test_one_improbable_token_takes_its_call_through_logits(redone):
     h64 = h.detach().double().requires_grad_()
     want = (h64 @ w.double().T).log_softmax(-1).gather(1, ids[:, None])[:, 0]
     want.sum().backward()
-    torch.testing.assert_close(logp.double(), want, atol=1e-4, rtol=1e-6)
+    torch.testing.assert_close(logp.double(), want, atol=1e-4, rtol=1e-5)  # 278 nats
     assert relative(h.grad, h64.grad) < 5e-3
     assert entropy.isfinite().all()
 
