@@ -52,22 +52,19 @@ def _forward(
     narrow = [m.to(x.dtype) for m in b]
     h = _scaled(x, rounded, ranks, scalings)
     # What is small comes first: the large product adds to it on its way out, without another pass.
-    parts = h.split(ranks, 1)
     base = adjoining(weights)
     if base is None:
         out = []
-        for part, m, weight, bias, y in zip(parts, narrow, weights, biases, given, strict=True):
+        for part, m, weight, bias, y in zip(h.split(ranks, 1), narrow, weights, biases, given, strict=True):
             if y is not None:  # its bias is in it
                 out.append(torch.addmm(y, part, m.T))
             else:
                 out.append(_plus(linear(part, m, bias), x, weight.T))
         return tuple(out), [h, rounded, *narrow, *weights]
-    whole = x.new_empty(x.shape[0], base.shape[0])
-    out = whole.split([m.shape[0] for m in b], 1)
-    for part, m, bias, into in zip(parts, narrow, biases, out, strict=True):
-        torch.mm(part, m.T, out=into) if bias is None else torch.addmm(bias, part, m.T, out=into)
-    whole.addmm_(x, base.T)
-    return out, [h, rounded, *narrow, *weights]
+    bias = adjoining(biases) if biases[0] is not None else None
+    small = linear(h, torch.block_diag(*narrow) if len(narrow) > 1 else narrow[0], bias)
+    whole = small.addmm_(x, base.T)
+    return whole.split([m.shape[0] for m in b], 1), [h, rounded, *narrow, *weights]
 
 
 def _plus(y: Tensor, a: Tensor, b: Tensor) -> Tensor:

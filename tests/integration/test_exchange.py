@@ -100,7 +100,7 @@ def test_each_flag_alone(flag):
 
 
 def test_the_projections_share_their_products():
-    """Counted in forward and backward: three layers of five take part in another's x A, x W, dA and dx."""
+    """Counted in forward and backward: three layers of five take part in another's x A, h B, x W, dA and dx."""
     from torch.utils._python_dispatch import TorchDispatchMode
 
     class Count(TorchDispatchMode):
@@ -120,7 +120,7 @@ def test_the_projections_share_their_products():
         found.append(sum(n for name, n in count.seen.items() if name in ("mm", "addmm", "addmm_")))
     alone, shared = found
     layers = made.causal.config.num_hidden_layers
-    assert alone - shared == layers * 3 * 5 - 2 * 2  # the first layer has no dx of q, k and v
+    assert alone - shared == layers * 3 * 6 - 2 * 2  # the first layer has no dx of q, k and v
 
 
 @pytest.mark.parametrize("targets", [["q_proj", "v_proj"], ["v_proj", "down_proj"], ["k_proj", "up_proj"]])
