@@ -2,9 +2,9 @@
 
     python benchmarks/bench_learning.py --trl-python python --steps 150 --limit 200 --out $OUT
 
-Each side trains the same model on the same sums with the same sizes, in a process of its own, one after the
-other. A side ends at `--steps` or, after its step, at `--limit` seconds of training; one that hangs is ended
-`--grace` seconds later. The result is written after each side, with what a failed one had got to. TRL's
+Each side trains the same model on the same prompts with the same sizes, in a process of its own, one after
+the other. A side ends at `--steps` or, after its step, at `--limit` seconds of training; one that hangs is
+ended `--grace` seconds later. The result is written after each side, with what a failed one had got to. TRL's
 settings are those its documentation names for one GPU. On a CPU TRL decodes with transformers.
 """
 
@@ -31,6 +31,7 @@ from measure import save, setting, table
 
 from grpo_lightning.cli import load_config
 
+PHASES = ("sync", "generate", "reward", "rollout", "train")
 SIDES = ("ours", "asleep", "HF", "TRL")
 """ours with the engine awake all the time, as TRL's is; asleep while training; without vLLM; TRL"""
 FLAGS = {
@@ -50,7 +51,7 @@ def trl_options(config: dict[str, Any], job: dict[str, Any]) -> dict[str, Any]:
         "use_vllm": True,
         "vllm_mode": "colocate",
         "vllm_gpu_memory_utilization": engine.get("gpu_memory_utilization", 0.3),
-        "vllm_max_model_length": config["data"]["max_prompt_tokens"] + job["max_tokens"],
+        "vllm_max_model_length": config["data"].get("max_prompt_tokens", 512) + job["max_tokens"],
         "model_init_kwargs": {"dtype": "bfloat16"},
     }
 
@@ -73,19 +74,31 @@ def command_of(side: str, job: dict[str, Any], python: str, folder: Path, flags:
         *("--trainer.max_steps", str(job["steps"]), "--trainer.max_time", f"00:{limit}"),
         *("--trainer.log_every_n_steps", "1", "--trainer.enable_checkpointing", "false"),
         *("--trainer.enable_progress_bar", "false", "--rollout.validation.before_training", "false"),
-        *("--data.validation_split", "null", *FLAGS[side], *flags),
+        *("--data.validation_split", "null", "--data.dataset", job["dataset"], "--data.subset", "null"),
+        *(*FLAGS[side], *flags),
     ]
+
+
+def trl_phases(found: dict[str, Any]) -> dict[str, list[float]]:
+    """Returns the seconds of each phase by our names; scoring is TRL's pass for old log-probabilities."""
+    theirs = {"sync": "sync_weights", "generate": "vLLM.generate", "reward": "GRPOTrainer._calculate_rewards"}
+    out = {ours: found["phases"].get(name, []) for ours, name in theirs.items()}
+    rollouts = found["phases"].get("GRPOTrainer._prepare_inputs", [])
+    return out | {"rollout": rollouts}
 
 
 def read(side: str, folder: Path) -> dict[str, Any]:
     """Returns what a side has logged, step by step."""
     if side == "TRL":
         found = folder / "trl.json"
-        return json.loads(found.read_text()) if found.exists() else {"seconds": []}
+        result = json.loads(found.read_text()) if found.exists() else {"seconds": [], "phases": {}}
+        return result | {"phases": trl_phases(result)}
     rows = [r for file in folder.rglob("metrics.csv") for r in csv.DictReader(file.open()) if r.get("reward")]
     columns = {"seconds": "step_time", "reward": "reward", "correct": "rewards/math_answer/mean"}
-    columns |= {"generate": "time/generate", "parity": "sampling/parity_mean"}
-    return {
+    columns["parity"] = "sampling/parity_mean"
+    timed = [c for c in (rows[0] if rows else ()) if c.startswith("time/")]
+    phases = {c.removeprefix("time/"): [float(r[c]) for r in rows if r[c]] for c in timed}
+    return {"phases": phases} | {
         key: [float(r[column]) for r in rows if r.get(column)]
         for key, column in columns.items()
         if key == "seconds" or any(r.get(column) for r in rows)
@@ -164,10 +177,19 @@ def row(side: str, r: dict[str, Any]) -> list[str]:
     ]
 
 
+def phases(side: str, r: dict[str, Any]) -> list[str]:
+    """Returns a line of medians in seconds; all but the training pass is in `rollout`."""
+    medians = {name: statistics.median(x[2:] or x) for name, x in r.get("phases", {}).items() if x}
+    if "step_s" in r and "rollout" in medians:
+        medians["train"] = r["step_s"] - medians["rollout"]
+    return [side, *(f"{medians[name]:.3f}" if name in medians else "-" for name in PHASES)]
+
+
 def main() -> None:
     """Runs the sides and writes the result after each."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--config", default="configs/gpu/smollm2_arithmetic.yaml", help="one on sums")
+    parser.add_argument("--config", default="configs/gpu/smollm2_arithmetic.yaml", help="of a run of ours")
+    parser.add_argument("--dataset", default=None, help="a file instead of the config's dataset")
     parser.add_argument("--model", default=None, help="a folder or .gguf file instead of the config's model")
     parser.add_argument("--sides", nargs="+", default=["ours", "TRL"], choices=SIDES)
     parser.add_argument("--trl-python", default="python", help="the interpreter that has TRL")
@@ -179,7 +201,8 @@ def main() -> None:
     args = parser.parse_args()
     path = str(Path(args.config).resolve())
     config = load_config(path)
-    job = job_of(path, args.steps, args.model)
+    dataset = args.dataset and str(Path(args.dataset).resolve())
+    job = job_of(path, args.steps, args.model, dataset)
     job |= {"limit": args.limit, "trl": trl_options(config, job)}
     shown = {k: v for k, v in job.items() if k != "rows"}
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -206,6 +229,8 @@ def main() -> None:
         "correct by sixths of the run",
     )
     print(table(header, [row(name, r) for name, r in sides.items()]))
+    print("\nmedian seconds of a step, by phase")
+    print(table(("side", *PHASES), [phases(name, r) for name, r in sides.items()]))
 
 
 if __name__ == "__main__":

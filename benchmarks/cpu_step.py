@@ -22,8 +22,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from grpo_lightning import PromptDataModule
 from grpo_lightning.cli import load_config
-from grpo_lightning.data.arithmetic import sums
 from grpo_lightning.models import resolve_model
 
 HERE = Path(__file__).parent
@@ -86,15 +86,25 @@ def row(name: str, r: dict) -> str:
     )
 
 
-def job_of(path: str, steps: int, model: str | None = None) -> dict[str, Any]:
-    """Returns what both sides need to know of a shipped config on sums; `model` instead of the config's."""
+def rows_of(options: dict[str, Any]) -> list[dict[str, Any]]:
+    """Returns prompts and columns as the data module with these options reads them."""
+    data = PromptDataModule(**options)
+    pairs = (data.form.split(row, "dataset") for row in data.source.load())
+    return [{**columns, "prompt": prompt} for prompt, columns in pairs]
+
+
+def job_of(path: str, steps: int, model: str | None = None, dataset: str | None = None) -> dict[str, Any]:
+    """Returns what both sides need to know of a shipped config, whose model or data may be others."""
     config = load_config(path)
     rollout, data = config["rollout"], config["data"]
+    if dataset is not None:
+        data = {**data, "dataset": dataset, "subset": None}
     return {
         "config": path,
         "steps": steps,
         "model": resolve_model(model or config["model"]["model_name"]),
-        "rows": sums(**data["dataset_kwargs"]),
+        "dataset": data["dataset"],
+        "rows": rows_of(data),
         "prompts": data["prompts_per_rollout"],
         "group": rollout["num_generations"],
         "max_tokens": rollout["sampling"]["max_tokens"],

@@ -17,10 +17,13 @@ def main(job_file: str) -> None:
     from peft import LoraConfig
     from transformers import TrainerCallback
     from trl import GRPOConfig, GRPOTrainer
+    from trl.extras import profiling
 
     from grpo_lightning.rewards import FormatReward, math_answer
 
     seconds: list[float] = []
+    phases: dict[str, list[float]] = {}
+    profiling.ProfilingContext._log_metrics = lambda self, took: phases.setdefault(self.name, []).append(took)
     versions = {m.__name__: m.__version__ for m in (trl, transformers, torch)}
 
     class Clock(TrainerCallback):
@@ -40,6 +43,7 @@ def main(job_file: str) -> None:
             history = [h for h in state.log_history if "reward" in h]
             result = {
                 "seconds": seconds,
+                "phases": phases,
                 "wall": time.perf_counter() - began,
                 "reward": [h["reward"] for h in history],
                 "correct": [h["rewards/math_answer/mean"] for h in history],

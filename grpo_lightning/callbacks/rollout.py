@@ -27,6 +27,7 @@ from grpo_lightning.callbacks.surroundings import (
     engine_context,
     profiled,
     run_seed,
+    synchronised,
     trainer_state,
 )
 from grpo_lightning.errors import ConfigError
@@ -260,10 +261,8 @@ class RolloutCallback(Callback):
     ) -> Rollout:
         """Synchronises lazily, then collects; a policy's version is its number of optimizer steps."""
         version = trainer.global_step
-        if self.engine.policy_version != version:
-            with profiled(trainer, "sync"):
-                self.engine.sync(module.policy, version)
-        return collector.collect(prompts, version, trainer_state(trainer))
+        took = synchronised(trainer, self.engine, module.policy, version)
+        return collector.collect(prompts, version, trainer_state(trainer), {"sync": took})
 
     def evaluate(self, trainer: pl.Trainer, module: Any, batch: PromptBatch) -> Rollout:
         """Returns a rollout with the sampling of validation; training state is left as it is."""

@@ -183,6 +183,15 @@ def profiled(trainer: pl.Trainer, name: str) -> Iterator[None]:
         yield
 
 
+def synchronised(trainer: pl.Trainer, engine: RolloutEngine, policy: Any, version: int) -> float:
+    """Makes the engine serve `version` of the policy unless it does; returns the seconds this took."""
+    began = perf_counter()
+    if engine.policy_version != version:
+        with profiled(trainer, "sync"):
+            engine.sync(policy, version)
+    return perf_counter() - began
+
+
 def trainer_state(trainer: pl.Trainer) -> SimpleNamespace:
     """Returns what reward functions may read of the run; the names are transformers'."""
     return SimpleNamespace(

@@ -78,8 +78,20 @@ class Collector:
     by_group: bool = False
     phase: Phase = lambda name: nullcontext()
 
-    def collect(self, prompts: PromptBatch, policy_version: int, trainer_state: Any) -> Rollout:
+    def collect(
+        self,
+        prompts: PromptBatch,
+        policy_version: int,
+        trainer_state: Any,
+        seconds: Mapping[str, float] | None = None,
+    ) -> Rollout:
         """Returns the rollout of `prompts` under the policy the engine serves.
+
+        Args:
+            prompts: of one rank.
+            policy_version: what the engine has to serve.
+            trainer_state: goes to the reward functions.
+            seconds: what phases before this one took, to be logged beside its own.
 
         Raises:
             EngineError: the engine serves another version, or returned the wrong number of completions.
@@ -90,7 +102,7 @@ class Collector:
                 f"{describe(self.engine)} serves policy version {self.engine.policy_version}, "
                 f"but version {policy_version} is being trained"
             )
-        seconds: dict[str, float] = {}
+        seconds = dict(seconds or {})
         replaced = 0
         if self.by_group and len(prompts):
             prompts, done, replaced = self._group_by_group(prompts, trainer_state, seconds)
