@@ -81,8 +81,8 @@ def command_of(side: str, job: dict[str, Any], python: str, folder: Path, flags:
 
 def trl_phases(found: dict[str, Any]) -> dict[str, list[float]]:
     """Returns the seconds of each phase by our names; scoring is TRL's pass for old log-probabilities."""
-    theirs = {"sync": "sync_weights", "generate": "vLLM.generate", "reward": "GRPOTrainer._calculate_rewards"}
-    out = {ours: found["phases"].get(name, []) for ours, name in theirs.items()}
+    theirs = {"sync": "sync_weights", "generate": "vLLM.generate", "reward": "_calculate_rewards"}
+    out = {ours: found["phases"].get(f"GRPOTrainer.{name}", []) for ours, name in theirs.items()}
     rollouts = found["phases"].get("GRPOTrainer._prepare_inputs", [])
     return out | {"rollout": rollouts}
 

@@ -111,6 +111,7 @@ def job_of(path: str, steps: int, model: str | None = None, dataset: str | None 
         "temperature": rollout["sampling"]["temperature"],
         "lora": config["model"]["lora"],
         "lr": config["model"]["optimizer"]["init_args"]["lr"],
+        "scale_rewards": "none" if rollout.get("advantage") == "group_mean" else "group",
         "weights": rollout["reward_weights"],
         "pattern": rollout["reward_funcs"][1]["init_args"]["pattern"],
     }

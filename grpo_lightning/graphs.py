@@ -2,7 +2,7 @@
 launched the next.
 
 A graph replays kernels at the addresses and sizes of its capture. So batches are filled up to few shapes
-(`SharedPrompts.of(few_shapes=True)`), each of which is captured once, and what differs between batches of one
+(`ops/filling.py`), each of which is captured once, and what differs between batches of one
 shape is copied in before a replay. All graphs share one pool of memory: the activations of one micro-batch
 are there at a time, hence a forward whose predecessor still waits for its backward runs without a graph.
 """
@@ -10,7 +10,7 @@ are there at a time, hence a forward whose predecessor still waits for its backw
 import gc
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -22,6 +22,7 @@ from torch.autograd.function import once_differentiable
 from torch.func import functional_call
 
 from grpo_lightning.ops.attention import PackedLayout
+from grpo_lightning.ops.filling import Shape
 from grpo_lightning.ops.segments import SharedPrompts
 
 MOST = 32
@@ -34,7 +35,7 @@ class Graphs:
     def __init__(self, decoder: nn.Module) -> None:
         self._decoder = decoder
         self._params = {n: p for n, p in decoder.named_parameters() if p.requires_grad}
-        self._captured: OrderedDict[tuple[Any, ...], _Captured] = OrderedDict()
+        self._captured: OrderedDict[Shape, _Captured] = OrderedDict()
         self._addresses: list[int] = []
         self._pool: Any = None
         self._running: Callable[[], Any] = lambda: None
@@ -50,7 +51,9 @@ class Graphs:
         if addresses != self._addresses:
             self.forget()
             self._addresses = addresses
-        shape = _shape(ids, layout)
+        shape = _segments(layout).shape
+        if shape is None:
+            raise RuntimeError("graphs need a layout of one of few shapes")
         graph = self._captured.get(shape)
         if graph is None:
             while len(self._captured) >= MOST:
@@ -62,6 +65,11 @@ class Graphs:
         call = _Call(graph, (ids, positions, *_ends(layout)))
         self._running = weakref.ref(call)
         return _Replay.apply(call, *self._params.values())  # pyright: ignore[reportReturnType]
+
+    @property
+    def shapes(self) -> Collection[Shape]:
+        """The shapes that have a graph."""
+        return self._captured.keys()
 
     def forget(self) -> None:
         """Frees all graphs and their memory."""
@@ -114,12 +122,6 @@ def _ends(layout: PackedLayout) -> tuple[Tensor, ...]:
     """Returns what of a layout differs between batches of one shape."""
     s = _segments(layout)
     return s.alone.query, s.towards.query, s.towards.key
-
-
-def _shape(ids: Tensor, layout: PackedLayout) -> tuple[Any, ...]:
-    s = _segments(layout)
-    longest = tuple(x for spans in (s.alone, s.towards) for x in (spans.longest_query, spans.longest_key))
-    return (len(ids), s.prompts.start, s.completions.start, *longest, *(len(e) for e in _ends(layout)))
 
 
 class _Captured:

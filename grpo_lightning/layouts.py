@@ -82,7 +82,7 @@ def packed_hidden(
         batch.segment_ids,
         batch.position_ids,
         segments=segments,
-        few_shapes=graphs is not None,
+        shapes=None if graphs is None else graphs.shapes,
     )
     ids, positions, targets = batch.input_ids, batch.position_ids, batch.target_rows
     if layout.shared is not None and layout.shared.order is not None and layout.shared.places is not None:

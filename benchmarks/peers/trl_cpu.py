@@ -64,6 +64,7 @@ def main(job_file: str) -> None:
         "max_grad_norm": 1.0,
         "loss_type": "dapo",
         "epsilon_high": 0.28,
+        "scale_rewards": job["scale_rewards"],
         "reward_weights": job["weights"],
         "gradient_checkpointing": False,
         "logging_steps": 1,

@@ -4,11 +4,14 @@ Rows stand so that each of the two calls of `shared_prompt_attention` reads and 
 first what looks at nothing but itself, then the shared prompts, then their completions, group by group.
 """
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from grpo_lightning.ops.filling import Shape
 
 
 class Spans(NamedTuple):
@@ -22,24 +25,28 @@ class Spans(NamedTuple):
 
     @classmethod
     def of(
-        cls, query: list[int], key: list[int], *, causal: bool, device: torch.device, few: bool = False
+        cls,
+        query: list[int],
+        key: list[int],
+        *,
+        causal: bool,
+        device: torch.device,
+        longest: tuple[int, int] | None = None,
     ) -> "Spans":
-        """Returns the spans of the given lengths; with `few`, the longest are a power of 2."""
+        """Returns the spans of the given lengths; of queries and of keys, none is longer than `longest`."""
 
         def ends(lengths: list[int]) -> Tensor:
             host = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
             return host.to(device, non_blocking=True)
 
-        def longest(lengths: list[int]) -> int:
-            n = max(lengths, default=0)
-            return 1 << (n - 1).bit_length() if few and n else n
-
-        return cls(ends(query), ends(key), longest(query), longest(key), causal)
+        if longest is None:
+            longest = max(query, default=0), max(key, default=0)
+        return cls(ends(query), ends(key), *longest, causal)
 
 
 @dataclass(frozen=True, slots=True)
 class SharedPrompts:
-    """Where prompts and completions stand in T', which is T and, where few shapes are wanted, filling.
+    """Where prompts and completions stand in T', which is T and, where a shape is given, filling.
 
     Rows of filling look at filling and at nothing else.
     """
@@ -52,6 +59,8 @@ class SharedPrompts:
     """[T'] the row of the packed batch that stands in each row; None is one after the other"""
     places: Tensor | None
     """[T] where the rows of the packed batch stand; None is where they are"""
+    shape: Shape | None = None
+    """what it is filled up to"""
 
     @classmethod
     def of(
@@ -60,7 +69,7 @@ class SharedPrompts:
         rows: list[list[int]],
         device: torch.device,
         *,
-        few_shapes: bool = False,
+        shapes: Collection[Shape] | None = None,
     ) -> "SharedPrompts":
         """Returns the layout of groups, each a prompt and the rows of its completions, one after the other.
 
@@ -68,7 +77,7 @@ class SharedPrompts:
             prompt_lengths: P.
             rows: P lists, the number of rows of each completion; 0 is legal.
             device: of the index tensors.
-            few_shapes: fill up, so that batches of about the same size have the same shapes.
+            shapes: fill up to one of these, or to a new one if none is near; None leaves it as it is.
         """
         whole: list[range] = []
         prompts: list[range] = []
@@ -88,22 +97,24 @@ class SharedPrompts:
                 whole += pieces
         regions = (whole, prompts, completions)
         segments = [[len(r) for r in region] for region in regions]
-        keys = list(segments[1])
-        if few_shapes:
-            for lengths in filter(None, (*segments, keys, queries)):
-                lengths += _filling(lengths)
+        shape = None if shapes is None else Shape.of(*segments, queries, known=shapes)
+        if shape is not None:
+            for lengths, added in zip((*segments, queries), shape.filling(*segments, queries), strict=True):
+                lengths += added
+        keys = segments[1]
         first, second, third = sizes = [sum(lengths) for lengths in segments]
         order, places = None, None
-        if queries or few_shapes:
+        if queries or shape:
             order, places = (x.to(device, non_blocking=True) for x in _standing(regions, sizes, start))
         alone = [n for lengths in segments for n in lengths]
         return cls(
-            Spans.of(alone, alone, causal=True, device=device, few=few_shapes),
-            Spans.of(queries, keys, causal=False, device=device, few=few_shapes),
+            Spans.of(alone, alone, causal=True, device=device, longest=shape and shape.longest_alone),
+            Spans.of(queries, keys, causal=False, device=device, longest=shape and shape.longest_towards),
             slice(first, first + second),
             slice(first + second, first + second + third),
             order,
             places,
+            shape,
         )
 
 
@@ -115,18 +126,6 @@ def _pieces(start: int, lengths: list[int]) -> list[range]:
             out.append(range(start, start + n))
         start += n
     return out
-
-
-def _filling(lengths: list[int]) -> list[int]:
-    """Returns the lengths of segments to add, none of them 0, for few numbers of rows and of segments.
-
-    How many rows they have follows from the sum of `lengths` alone: one region may be cut in two ways.
-    """
-    count = -(-(len(lengths) + 4) // 8) * 8 - len(lengths)  # 4 to 11
-    least = sum(lengths) + 11
-    step = 1 << max(least.bit_length() - 5, 6)  # 16 sizes between a power of 2 and the next
-    rows = -(-least // step) * step - sum(lengths)
-    return [rows // count + (i < rows % count) for i in range(count)]
 
 
 def _standing(regions: tuple[list[range], ...], sizes: list[int], total: int) -> tuple[Tensor, Tensor]:

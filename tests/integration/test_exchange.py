@@ -100,7 +100,7 @@ def test_each_flag_alone(flag):
 
 
 def test_the_projections_share_their_products():
-    """Counted in forward and backward: three layers of five take part in another's x A, h B, x W, dA and dx."""
+    """Counted in forward and backward: three layers of five share x A, h B, x W, dA and dx."""
     from torch.utils._python_dispatch import TorchDispatchMode
 
     class Count(TorchDispatchMode):
