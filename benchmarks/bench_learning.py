@@ -3,8 +3,8 @@
     python benchmarks/bench_learning.py --trl-python python --steps 150 --limit 200 --out $OUT
 
 Each side trains the same model on the same prompts with the same sizes, in a process of its own, one after
-the other. A side ends at `--steps` or, after its step, at `--limit` seconds of training; one that hangs is
-ended `--grace` seconds later. The result is written after each side, with what a failed one had got to. TRL's
+the other. A side ends at `--steps`, TRL after `--limit` seconds of training too; one that takes `--grace`
+seconds more is ended. The result is written after each side, with what a failed one had got to. TRL's
 settings are those its documentation names for one GPU. On a CPU TRL decodes with transformers.
 """
 
@@ -21,7 +21,6 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -31,11 +30,18 @@ from measure import save, setting, table
 
 from grpo_lightning.cli import load_config
 
+CACHES = ("VLLM_CACHE_ROOT", "TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR")
 PHASES = ("sync", "generate", "reward", "rollout", "train")
-SIDES = ("ours", "asleep", "HF", "TRL")
-"""ours with the engine awake all the time, as TRL's is; asleep while training; without vLLM; TRL"""
+SIDES = ("ours", "quick", "asleep", "HF", "TRL")
+"""ours, the engine awake all the time, as TRL's is; one that compiles nothing; one asleep while training;
+without vLLM; TRL"""
+UNCOMPILED = {"compilation_config": {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"}}
 FLAGS = {
     "ours": ("--rollout.engine.init_args.sleep", "off"),
+    "quick": (
+        *("--rollout.engine.init_args.sleep", "off"),
+        *("--rollout.engine.init_args.engine_kwargs", json.dumps(UNCOMPILED)),
+    ),
     "asleep": ("--rollout.engine.init_args.sleep", "auto"),
     "HF": ("--rollout.engine", "grpo_lightning.rollout.HFEngine"),
 }
@@ -61,7 +67,6 @@ def command_of(side: str, job: dict[str, Any], python: str, folder: Path, flags:
     if side == "TRL":
         (folder / "job.json").write_text(json.dumps({**job, "out": str(folder / "trl.json")}))
         return [python, str(HERE / "peers" / "trl_cpu.py"), str(folder / "job.json")]
-    limit = str(timedelta(seconds=int(job["limit"]))).zfill(8)  # below a day
     logger = json.dumps(
         {
             "class_path": "lightning.pytorch.loggers.CSVLogger",
@@ -71,7 +76,7 @@ def command_of(side: str, job: dict[str, Any], python: str, folder: Path, flags:
     return [
         *(sys.executable, "-m", "grpo_lightning", "fit", "--config", job["config"]),
         *("--model.model_name", job["model"], "--trainer.logger", logger, "--trainer.callbacks", "[]"),
-        *("--trainer.max_steps", str(job["steps"]), "--trainer.max_time", f"00:{limit}"),
+        *("--trainer.max_steps", str(job["steps"])),
         *("--trainer.log_every_n_steps", "1", "--trainer.enable_checkpointing", "false"),
         *("--trainer.enable_progress_bar", "false", "--rollout.validation.before_training", "false"),
         *("--data.validation_split", "null", "--data.dataset", job["dataset"], "--data.subset", "null"),
@@ -136,6 +141,8 @@ def run(side: str, job: dict[str, Any], args: argparse.Namespace, folder: Path) 
     # Found without being installed; TRL's side finds the reward functions by itself.
     path = os.pathsep.join(filter(None, [str(HERE.parent), os.environ.get("PYTHONPATH")]))
     env = dict(os.environ) if side == "TRL" else {**os.environ, "PYTHONPATH": path}
+    # Each side compiles for itself, as on a fresh machine.
+    env |= {name: str(folder / name) for name in CACHES}
     began = time.perf_counter()
     with watched() as peak, (folder / "log").open("w") as log:
         child = subprocess.Popen(command, cwd=folder, env=env, stdout=log, stderr=subprocess.STDOUT)

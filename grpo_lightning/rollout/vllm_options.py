@@ -47,13 +47,16 @@ def engine_arguments(engine: "VLLMEngine", context: EngineContext) -> dict[str, 
     }
     if context.world_size > 1:
         arguments["distributed_executor_backend"] = "external_launcher"
-    taken = sorted(set(engine.engine_kwargs) & set(arguments))
+    given = dict(engine.engine_kwargs)
+    if isinstance(own := arguments.get("compilation_config"), dict):
+        own |= given.pop("compilation_config", {})
+    taken = sorted(set(given) & set(arguments))
     if taken:
         raise ConfigError(
             f"rollout.engine.engine_kwargs sets {', '.join(taken)}, which grpo-lightning sets itself; "
             "use the engine's own options"
         )
-    return arguments | engine.engine_kwargs
+    return arguments | given
 
 
 def _longest(engine: "VLLMEngine", context: EngineContext) -> int | None:
