@@ -98,12 +98,14 @@ def read(side: str, folder: Path) -> dict[str, Any]:
         found = folder / "trl.json"
         result = json.loads(found.read_text()) if found.exists() else {"seconds": [], "phases": {}}
         return result | {"phases": trl_phases(result)}
-    rows = [r for file in folder.rglob("metrics.csv") for r in csv.DictReader(file.open()) if r.get("reward")]
+    logged = [r for file in folder.rglob("metrics.csv") for r in csv.DictReader(file.open())]
+    rows = [r for r in logged if r.get("reward")]
+    held_out = [(int(r["step"]), float(x)) for r in logged if (x := r.get("val/rewards/math_answer/mean"))]
     columns = {"seconds": "step_time", "reward": "reward", "correct": "rewards/math_answer/mean"}
     columns["parity"] = "sampling/parity_mean"
     timed = [c for c in (rows[0] if rows else ()) if c.startswith("time/")]
     phases = {c.removeprefix("time/"): [float(r[c]) for r in rows if r[c]] for c in timed}
-    return {"phases": phases} | {
+    return {"phases": phases, "held_out": held_out} | {
         key: [float(r[column]) for r in rows if r.get(column)]
         for key, column in columns.items()
         if key == "seconds" or any(r.get(column) for r in rows)
@@ -236,6 +238,9 @@ def main() -> None:
         "correct by sixths of the run",
     )
     print(table(header, [row(name, r) for name, r in sides.items()]))
+    for name, r in sides.items():
+        if r.get("held_out"):
+            print(f"{name}: held-out accuracy by step", *(f"{step}: {x:.3f}" for step, x in r["held_out"]))
     print("\nmedian seconds of a step, by phase")
     print(table(("side", *PHASES), [phases(name, r) for name, r in sides.items()]))
 
