@@ -146,6 +146,7 @@ def request_parameters(sampling: SamplingParams, seeds: Sequence[int], *, stop_i
         "flat_logprobs": True,
         "detokenize": False,
         "output_kind": theirs.RequestOutputKind.FINAL_ONLY,
+        "skip_clone": sampling.regex is None,  # of what is made for one request; a grammar is shared
         **sampling.extra,
     }
     if sampling.regex is not None:

@@ -42,30 +42,29 @@ class VLLMSession:
         """Lets `requests` join; all are looked at before the first does."""
         for request in requests:
             self._check(request)
-        for request in requests:
-            group = len(self._groups)
-            self._groups.append((request, [None] * len(request.seeds)))
-            for i, parameters in enumerate(self._parameters(request.seeds)):
-                # vLLM adds to the name what makes it unique, and gives the outputs the name alone.
-                name = f"{id(self)}-{group}-{i}"
-                self._places[name] = (group, i)
-                prompt = {"prompt_token_ids": request.prompt_ids}
-                with self._guarded("take a request"):
+        with self._guarded("take a request"):
+            for request in requests:
+                group = len(self._groups)
+                self._groups.append((request, [None] * len(request.seeds)))
+                for i, parameters in enumerate(self._parameters(request.seeds)):
+                    # vLLM adds to the name what makes it unique, and gives the outputs the name alone.
+                    name = f"{id(self)}-{group}-{i}"
+                    self._places[name] = (group, i)
+                    prompt = {"prompt_token_ids": request.prompt_ids}
                     self._engine.add_request(name, prompt, parameters, lora_request=self._adapter)
 
     def step(self) -> list[Ended]:
         """Decodes until a group has ended; returns those that have."""
         ended: list[Ended] = []
-        while self._places and not ended:
-            with self._guarded("generate"):
-                outputs = self._engine.step()
-            for output in outputs:
-                if output.finished:
-                    group, i = self._places.pop(output.request_id)
-                    request, completions = self._groups[group]
-                    completions[i] = _completion(output.outputs[0])
-                    if None not in completions:
-                        ended.append((request, [c for c in completions if c is not None]))
+        with self._guarded("generate"):
+            while self._places and not ended:
+                for output in self._engine.step():
+                    if output.finished:
+                        group, i = self._places.pop(output.request_id)
+                        request, completions = self._groups[group]
+                        completions[i] = _completion(output.outputs[0])
+                        if None not in completions:
+                            ended.append((request, [c for c in completions if c is not None]))
         return ended
 
     def abort(self) -> None:
