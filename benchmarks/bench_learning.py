@@ -32,15 +32,15 @@ from grpo_lightning.cli import load_config
 
 CACHES = ("VLLM_CACHE_ROOT", "TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR")
 PHASES = ("sync", "generate", "reward", "rollout", "train")
-SIDES = ("ours", "quick", "asleep", "HF", "TRL")
-"""ours, the engine awake all the time, as TRL's is; one that compiles nothing; one asleep while training;
+SIDES = ("ours", "compiled", "asleep", "HF", "TRL")
+"""ours, the engine awake all the time, as TRL's is; one that vLLM compiles; one asleep while training;
 without vLLM; TRL"""
-UNCOMPILED = {"compilation_config": {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"}}
+COMPILED = {"compilation_config": {"mode": 3, "cudagraph_mode": "FULL_AND_PIECEWISE"}}
 FLAGS = {
     "ours": ("--rollout.engine.init_args.sleep", "off"),
-    "quick": (
+    "compiled": (
         *("--rollout.engine.init_args.sleep", "off"),
-        *("--rollout.engine.init_args.engine_kwargs", json.dumps(UNCOMPILED)),
+        *("--rollout.engine.init_args.engine_kwargs", json.dumps(COMPILED)),
     ),
     "asleep": ("--rollout.engine.init_args.sleep", "auto"),
     "HF": ("--rollout.engine", "grpo_lightning.rollout.HFEngine"),

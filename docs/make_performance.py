@@ -154,21 +154,19 @@ head at 790 TFLOP/s.
 {steps()}
 Reading: a small model on short batches waits for launches, so few large micro-batches and few kernels count for more than fewer FLOP; `model.kernels.graphs`
 replays the decoder as CUDA graphs and takes the wait out (it is off in `auto`: the activations of a micro-batch stay allocated between steps, which the table does not
-count as peak). At 1.5B the GPU is busy without them. Compiled layers add nothing to the kernels here (the run before this one: 235 to 234 ms for a minute of warm-up).
+count as peak). At 1.5B the GPU is busy without them. Compiled layers add nothing to the kernels here (an earlier run: 235 to 234 ms for a minute of warm-up).
 
-`the same in 4 parts` of the 0.5B long prompts has a gradient 1.6e-1 away: the fault this column is there for. Filled-up layouts could leave rows without a segment, which
-held what memory held; it is mended, a test writes NaN into that memory, and the 1.5B table below was taken after it.
-
-Against the targets of issue 4: 8x at 0.5B, 5x at 1.5B, 5x on long completions (against the padded layout in 8 parts; in 4 it does not fit) and 12x on long prompts are
-reached (9.0x, 7.9x, 7.2x, 13.4x at 0.5B and 12.8x at 1.5B), and so are 35 % of the floor rate at 0.5B (36 %) and 50 % at 1.5B (49.7 %).
+Against the targets: 8x at 0.5B, 5x at 1.5B, 5x on long completions (against the padded layout in 8 parts; in 4 it does not fit) and 12x on long prompts are
+reached (9.5x, 8.1x, 7.4x, 13.3x at 0.5B and 12.8x at 1.5B), and so are 35 % of the floor rate at 0.5B (37 %) and 50 % at 1.5B (51 %). The two tables of long prompts
+were taken before the LoRA products changed their order, which saves 1 to 4 % of a step; all graphs before batches left room for their successors (3 % more rows here).
 
 ## The LM head
 
 {head()}
-Against the targets at 16,384 rows: 1.25x over TRL 1.16 at H = 896 and 1.35x at 2048 and 4096 are reached (1.53x, 1.348x, 1.48x; 1.5 to 1.6x at 131,072 rows), with errors 1,000 to 3,000
-times smaller; 2x over full logits at 896 and 2048 (at 4096 the two products leave no room for it: 1.54x); 1.3x over the loop in Unsloth's manner (2.5x and more; re-typed, not its 2026.10
-code); Liger's time (0.98x to 1.05x of it) in an eighth of its memory; 70 % of the floor (84 to 94 %; 95 to 99 % at 131,072 rows); 600 MiB of workspace beside the
-gradient rows [N, H], which are 1 GiB themselves at 131,072 rows and H = 4096.
+Against the targets at 16,384 rows: 1.25x over TRL 1.16 at H = 896 and 1.35x at 2048 and 4096 are reached (1.52x, 1.36x, 1.47x; 1.5 to 1.6x at 131,072 rows), with errors 1,000 to 3,000
+times smaller; 2x over full logits at 896 and 2048 (3.5x, 2.1x; at 4096 the two products alone leave room for 1.63x: 1.54x); 1.3x over Unsloth 2026.10's own function at 896 (1.41x;
+at 2048 and 4096 the two products leave room for 1.31x and 1.18x: 1.15x and 1.11x, ours with the entropy, theirs without); Liger's time (0.96x to 1.02x of ours) in an eighth of
+its memory; 70 % of the floor (81 to 94 %; 95 to 97 % at 131,072 rows); 600 MiB of workspace beside the gradient rows [N, H], which are 1 GiB themselves at 131,072 rows and H = 4096.
 A call in bf16 writes no logits: its first product ends in exponentials, of which the second makes the gradient (`ops/head_gemm.py`).
 
 ## The loss

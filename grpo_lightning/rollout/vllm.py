@@ -53,7 +53,8 @@ class VLLMEngine:
             CPU, false on a GPU.
         allow_mismatch: sample from an unquantised base for a trainer in 4 bit. Two different policies (0.5
             nats apart on a small model), so model.loss.correction has to be on.
-        engine_kwargs: further arguments of vllm.LLM, e.g. {max_num_batched_tokens: 16384}.
+        engine_kwargs: further arguments of vllm.LLM, e.g. {max_num_batched_tokens: 16384}; what its
+            compilation_config says goes before ours, which compiles nothing unless sync is `adapter`.
 
     Raises:
         ConfigError: vLLM is not installed, or of a version that is not supported.

@@ -1,0 +1,44 @@
+"""What `VLLMEngine` asks vLLM for on a GPU; no vLLM is needed to know."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from grpo_lightning.errors import ConfigError
+from grpo_lightning.rollout import EngineContext, vllm_options
+from grpo_lightning.samples import SamplingParams
+
+
+def arguments(monkeypatch, sync="merge", **given):
+    monkeypatch.setattr(vllm_options, "is_quantized", lambda policy: False)
+    causal = SimpleNamespace(device=torch.device("cuda"))
+    adapter = SimpleNamespace(r=16)
+    policy = SimpleNamespace(
+        causal=causal, compute_dtype=torch.bfloat16, model=SimpleNamespace(peft_config={"default": adapter})
+    )
+    options = {"max_num_seqs": 100, "enforce_eager": None, "engine_kwargs": {}, "max_model_len": None}
+    options |= {"gpu_memory_utilization": 0.3, "kv_cache_memory_bytes": None, "sleep_mode": "off"}
+    engine = SimpleNamespace(**options | given, sync_kind=sync, allow_mismatch=False)
+    context = EngineContext(policy=policy, model_path="m", max_model_len=64, sampling=SamplingParams())
+    return vllm_options.engine_arguments(engine, context)
+
+
+def test_decoding_is_captured_and_nothing_compiled(monkeypatch):
+    config = arguments(monkeypatch)["compilation_config"]
+    assert config["cudagraph_capture_sizes"] == [1, 2, 4, 8, 16, 32, 64, 100]
+    assert (config["mode"], config["cudagraph_mode"]) == (0, "FULL_DECODE_ONLY")
+    assert "mode" not in arguments(monkeypatch, "adapter")["compilation_config"]
+    assert "compilation_config" not in arguments(monkeypatch, enforce_eager=True)
+
+
+def test_the_users_compilation_goes_first(monkeypatch):
+    kwargs = {"compilation_config": {"mode": 3}, "max_num_batched_tokens": 9}
+    found = arguments(monkeypatch, engine_kwargs=kwargs)
+    assert found["compilation_config"]["mode"] == 3
+    assert found["compilation_config"]["cudagraph_mode"] == "FULL_DECODE_ONLY"
+    assert found["max_num_batched_tokens"] == 9
+    assert kwargs["compilation_config"] == {"mode": 3}
+    assert arguments(monkeypatch, engine_kwargs=kwargs, enforce_eager=True)["compilation_config"]["mode"] == 3
+    with pytest.raises(ConfigError, match="engine_kwargs sets dtype"):
+        arguments(monkeypatch, engine_kwargs={"dtype": "half"})
