@@ -46,4 +46,9 @@ def test_learning(tmp_path):
     assert "failed" not in side, side["failed"]
     assert len(side["seconds"]) == len(side["correct"]) == len(side["reward"]) == 3
     assert 0 < side["start_s"] < side["wall_s"]
-    assert done.stdout.splitlines()[-1].split()[:2] == ["HF", "3"]
+    assert {"sync", "generate", "reward", "rollout"} <= set(side["phases"])
+    rows = [line.split() for line in done.stdout.splitlines() if line.startswith("HF ")]
+    assert [r[1] for r in rows] == ["...", "3", rows[-1][1]]
+    sync, generate, _reward, rollout, train = map(float, rows[-1][1:])
+    assert sync + generate <= rollout + 0.002  # each is rounded, and a median of its own
+    assert train > 0
