@@ -8,7 +8,7 @@ from time import perf_counter
 from typing import Any, Literal
 
 import torch
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from grpo_lightning.errors import ConfigError, EngineError, choices
 from grpo_lightning.policy import Policy
@@ -232,6 +232,11 @@ class VLLMEngine:
         """Ends the engine and frees what it holds."""
         if self._llm is None:
             return
+        if self._asleep:  # vLLM's allocator gives back once more what sleeps, and CUDA objects
+            try:
+                self._awake()
+            except EngineError as e:
+                rank_zero_warn(f"vLLM is closed asleep: {e}")
         llm, self._llm, self._slot = self._llm, None, None
         with process_kept():
             shut_down(llm, keep_process_group=self._had_group)

@@ -170,3 +170,16 @@ def test_what_cannot_start_says_why(folder):
         VLLMEngine(sync="adaptor")
     with pytest.raises(EngineError, match="could not start"):
         start(plain, "/nowhere")
+
+
+def test_an_engine_that_cannot_be_woken_is_closed_all_the_same(folder, monkeypatch):
+    def fails(**kwargs):
+        raise RuntimeError("no memory left")
+
+    engine = start(make_policy(folder), folder, sync="merge")
+    engine._asleep = True  # on a CPU nothing sleeps
+    monkeypatch.setattr(engine._llm, "wake_up", fails)
+    with pytest.warns(UserWarning, match="closed asleep: vLLM could not wake up: RuntimeError: no memory"):
+        engine.close()
+    assert engine._llm is None
+    assert not engine._asleep

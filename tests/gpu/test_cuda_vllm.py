@@ -140,6 +140,17 @@ def test_sleeping_gives_memory_back_and_waking_changes_nothing(folder, kind):
         engine.close()
 
 
+def test_closing_a_sleeping_engine_frees_its_memory(folder, capfd):
+    policy = make_policy(folder)
+    before = used()
+    engine = start(policy, folder, kv_cache_memory_bytes=4 << 30, enforce_eager=True)
+    engine.sync(policy, 0)
+    engine.sleep()
+    engine.close()
+    assert used() - before < 1
+    assert "CUDA Error" not in "".join(capfd.readouterr())
+
+
 def test_the_process_stays_as_it_was(folder):
     policy = make_policy(folder)
     torch.set_float32_matmul_precision("high")
