@@ -21,6 +21,8 @@ Named = tuple[str, Tensor]
 KINDS = ("auto", "adapter", "merge", "full")
 PLAIN_INITS = (True, False, "gaussian", "orthogonal", "eva")
 """values of `init_lora_weights` that leave the base as it was loaded"""
+MERGED_AT_ONCE = 256 << 20
+"""bytes of fp32 weights that are merged in one product"""
 SENT = re.compile(r"\.(lora_[AB]|lora_magnitude_vector)\.default\.weight$|\.modules_to_save\.default\.")
 """names of what trains beside a frozen base and reaches an engine"""
 
@@ -170,6 +172,10 @@ def merged_weights(
             (NaN without an error on some engines). None where each weight may come alone.
     """
     touched = dict(_adapted(policy))
+    if fused is None:
+        plain = {name: module for name, module in touched.items() if _is_plain(module)}
+        yield from _merged_together(plain, dtype)
+        touched = {name: module for name, module in touched.items() if name not in plain}
     for name in touched if fused is None else _with_siblings(touched, fused):
         try:
             module = touched[name] if name in touched else policy.causal.get_submodule(name)
@@ -177,6 +183,34 @@ def merged_weights(
             continue
         for leaf, value in _as_trained(module, whole=fused is not None):
             yield f"{name}.{leaf}", value.to(dtype)
+
+
+def _is_plain(module: Any) -> bool:
+    """Returns whether W + s B A is all that a module stands for."""
+    from peft.tuners.lora import LoraLayer
+
+    return isinstance(module, LoraLayer) and not module.fan_in_fan_out and not module.use_dora.get("default")
+
+
+def _merged_together(layers: Mapping[str, Any], dtype: torch.dtype) -> Iterator[Named]:
+    """Yields the weights of plain layers, those of one shape as one product: launches cost more than FLOP."""
+    alike: dict[tuple[Any, ...], list[str]] = {}
+    for name, layer in layers.items():
+        weight, rank = layer.get_base_layer().weight, layer.r["default"]
+        alike.setdefault((weight.shape, weight.dtype, rank, layer.scaling["default"]), []).append(name)
+    for (shape, *_, scaling), names in alike.items():
+        count = max(1, MERGED_AT_ONCE // (4 * shape.numel()))
+        for own in (names[i : i + count] for i in range(0, len(names), count)):
+            merged, b, a = (
+                torch.stack([pick(layers[name]).detach() for name in own]).float()
+                for pick in (
+                    lambda m: m.get_base_layer().weight,
+                    lambda m: m.lora_B["default"].weight,
+                    lambda m: m.lora_A["default"].weight,
+                )
+            )
+            weights = merged.baddbmm_(b, a, alpha=scaling).to(dtype)
+            yield from zip((f"{name}.weight" for name in own), weights.unbind(), strict=True)
 
 
 def _with_siblings(names: Iterable[str], fused: Mapping[str, list[str]]) -> list[str]:

@@ -8,6 +8,7 @@ from tiny import tiny_tokenizer
 from grpo_lightning.errors import ConfigError
 from grpo_lightning.loading import load_policy
 from grpo_lightning.lora import lora_config
+from grpo_lightning.rollout import weights
 from grpo_lightning.rollout.weights import adapter_of, choose_kind, merged_weights
 
 FUSED = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
@@ -35,15 +36,45 @@ def test_an_adapter_is_what_peft_saves(tmp_path):
     assert {id(t) for t in ours.values()} == {id(p) for p in policy.trainable().values()}
 
 
-@pytest.mark.parametrize("lora", [{}, {"use_rslora": True}, {"use_dora": True}])
-def test_a_merge_is_exact_to_one_rounding(tmp_path, lora):
+PATTERNS = {"rank_pattern": {"q_proj": 8, "layers.0.mlp.up_proj": 2}, "alpha_pattern": {"down_proj": 16}}
+
+
+@pytest.mark.parametrize("fused", [FUSED, None])
+@pytest.mark.parametrize("lora", [{}, {"use_rslora": True}, {"use_dora": True}, PATTERNS])
+def test_a_merge_is_exact_to_one_rounding(tmp_path, lora, fused):
     policy = make_policy(tmp_path, torch.bfloat16, **lora)
-    merged = dict(merged_weights(policy, torch.bfloat16, FUSED))
+    merged = dict(merged_weights(policy, torch.bfloat16, fused))
+    assert len(merged) == len(adapter_of(policy).tensors) // 2
     policy.model.double().merge_and_unload()
     for name, ours in merged.items():
         exact = policy.causal.get_submodule(name.removesuffix(".weight")).weight
         off = (ours.double() - exact).abs()
         assert (off <= 1.004 * 2**-8 * exact.abs().clamp_min(1e-6)).all(), name
+
+
+@pytest.mark.parametrize("room", [1, 3 * 4 * 32 * 32, 1 << 30])
+def test_layers_merged_together_are_as_merged_alone(tmp_path, monkeypatch, room):
+    monkeypatch.setattr(weights, "MERGED_AT_ONCE", room)
+    policy = make_policy(tmp_path, target_modules="all-linear", **PATTERNS)
+    together = dict(merged_weights(policy, torch.float32, None))
+    layers = dict(weights.lora_layers(policy))
+    assert together.keys() == {f"{name}.weight" for name in layers}
+    for name, layer in layers.items():
+        torch.testing.assert_close(
+            together[f"{name}.weight"], weights.merged_weight(layer), atol=1e-6, rtol=0
+        )
+
+
+def test_merging_launches_little(tmp_path):
+    """All layers of one shape are one product; the policy is not touched."""
+    policy = make_policy(tmp_path)
+    before = {n: p.clone() for n, p in policy.named_parameters()}
+    with torch.profiler.profile() as seen:
+        made = list(merged_weights(policy, torch.bfloat16, None))
+    products = sum(e.count for e in seen.key_averages() if e.key == "aten::baddbmm_")
+    shapes = {t.shape for _, t in made}
+    assert products == len(shapes) < len(made)
+    assert all(torch.equal(p, before[n]) for n, p in policy.named_parameters())
 
 
 def test_stacks_come_whole_where_they_have_to(tmp_path):
@@ -53,8 +84,9 @@ def test_stacks_come_whole_where_they_have_to(tmp_path):
     alone = [n for n, _ in merged_weights(policy, torch.float32, None)]
     whole = [n for n, _ in merged_weights(policy, torch.float32, FUSED)]
     layer = ["self_attn.k_proj", "mlp.gate_proj", "input_layernorm"]
-    assert alone == [f"model.layers.{i}.{n}.weight" for i in range(2) for n in layer]
-    assert [n for n in whole if n in alone] == alone
+    expected = [f"model.layers.{i}.{n}.weight" for i in range(2) for n in layer]
+    assert sorted(alone) == sorted(expected)
+    assert [n for n in whole if n in alone] == expected
     assert len(whole) == len(set(whole)) == 2 * 6
 
 
