@@ -189,7 +189,8 @@ def _is_plain(module: Any) -> bool:
     """Returns whether W + s B A is all that a module stands for."""
     from peft.tuners.lora import LoraLayer
 
-    return isinstance(module, LoraLayer) and not module.fan_in_fan_out and not module.use_dora.get("default")
+    turned = getattr(module, "fan_in_fan_out", False)
+    return isinstance(module, LoraLayer) and not turned and not module.use_dora.get("default")
 
 
 def _merged_together(layers: Mapping[str, Any], dtype: torch.dtype) -> Iterator[Named]:
