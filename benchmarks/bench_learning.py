@@ -31,7 +31,7 @@ from measure import save, setting, table
 from grpo_lightning.cli import load_config
 
 CACHES = ("VLLM_CACHE_ROOT", "TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR")
-PHASES = ("sync", "generate", "reward", "rollout", "train")
+PHASES = ("sync", "generate", "reward", "score", "rollout", "train")
 SIDES = ("ours", "compiled", "asleep", "HF", "TRL")
 """ours, the engine awake all the time, as TRL's is; one that vLLM compiles; one asleep while training;
 without vLLM; TRL"""
@@ -187,8 +187,11 @@ def row(side: str, r: dict[str, Any]) -> list[str]:
 
 
 def phases(side: str, r: dict[str, Any]) -> list[str]:
-    """Returns a line of medians in seconds; all but the training pass is in `rollout`."""
+    """Returns a line of medians in seconds; `rollout` is all but the training pass, `score` what it adds."""
     medians = {name: statistics.median(x[2:] or x) for name, x in r.get("phases", {}).items() if x}
+    if "rollout" in medians:
+        known = sum(medians.get(name, 0.0) for name in ("sync", "generate", "reward"))
+        medians["score"] = medians["rollout"] - known
     if "step_s" in r and "rollout" in medians:
         medians["train"] = r["step_s"] - medians["rollout"]
     return [side, *(f"{medians[name]:.3f}" if name in medians else "-" for name in PHASES)]
