@@ -9,8 +9,7 @@ are there at a time, hence a forward whose predecessor still waits for its backw
 
 import gc
 import weakref
-from collections import OrderedDict
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -30,12 +29,18 @@ MOST = 32
 
 
 class Graphs:
-    """Replays a decoder; of what trains in it, only the values may change between replays."""
+    """Replays a decoder; of what trains in it, only the values may change between replays.
 
-    def __init__(self, decoder: nn.Module) -> None:
-        self._decoder = decoder
+    Args:
+        decoder: of a transformers model.
+        shapes: that batches are filled up to, the last one used at the end; kept up to date. They outlive the
+            graphs: a resumed run fills its batches as the run before would have.
+    """
+
+    def __init__(self, decoder: nn.Module, shapes: list[Shape]) -> None:
+        self._decoder, self.shapes = decoder, shapes
         self._params = {n: p for n, p in decoder.named_parameters() if p.requires_grad}
-        self._captured: OrderedDict[Shape, _Captured] = OrderedDict()
+        self._captured: dict[Shape, _Captured] = {}
         self._addresses: list[int] = []
         self._pool: Any = None
         self._running: Callable[[], Any] = lambda: None
@@ -54,22 +59,23 @@ class Graphs:
         shape = _segments(layout).shape
         if shape is None:
             raise RuntimeError("graphs need a layout of one of few shapes")
+        self._use(shape)
         graph = self._captured.get(shape)
         if graph is None:
-            while len(self._captured) >= MOST:
-                self._captured.popitem(last=False)
             self._pool = self._pool or torch.cuda.graph_pool_handle()
             graph = _Captured(self._decoder, self._params, ids, positions, layout, self._pool)
             self._captured[shape] = graph
-        self._captured.move_to_end(shape)
         call = _Call(graph, (ids, positions, *_ends(layout)))
         self._running = weakref.ref(call)
         return _Replay.apply(call, *self._params.values())  # pyright: ignore[reportReturnType]
 
-    @property
-    def shapes(self) -> Collection[Shape]:
-        """The shapes that have a graph."""
-        return self._captured.keys()
+    def _use(self, shape: Shape) -> None:
+        """Makes it the last used, and lets go of the graphs that have waited longest."""
+        if shape in self.shapes:
+            self.shapes.remove(shape)
+        self.shapes.append(shape)
+        while len(self.shapes) > MOST:
+            self._captured.pop(self.shapes.pop(0), None)
 
     def forget(self) -> None:
         """Frees all graphs and their memory."""
@@ -96,7 +102,7 @@ def make_graphs(policy: Any, autocast: bool) -> Graphs | None:
     if reasons:
         rank_zero_warn(f"model.kernels.graphs: the decoder runs without graphs ({', '.join(reasons)})")
         return None
-    return Graphs(decoder)
+    return Graphs(decoder, policy.graph_shapes)
 
 
 def decoded(
