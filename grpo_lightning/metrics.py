@@ -1,6 +1,6 @@
 """Metrics over ranks, and the statistics of a rollout under TRL's names."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -35,8 +35,32 @@ def all_sum(x: Tensor) -> Tensor:
 
 def over_ranks(stats: Mapping[str, Stat]) -> dict[str, float]:
     """Returns the metrics of all ranks together: global sums over global counts."""
-    host = {k: Stat(s.kind, s.value.double().cpu(), s.weight.double().cpu()) for k, s in stats.items()}
+    numbers = iter(on_host([x for s in stats.values() for x in (s.value, s.weight)]))
+    host = {k: Stat(s.kind, next(numbers), next(numbers)) for k, s in stats.items()}
     return values(combine(gather(host)))
+
+
+def on_host(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Returns small tensors as fp64 on the host; one trip for all of a device, since each waits for it."""
+    places: dict[torch.device, list[int]] = {}
+    for i, t in enumerate(tensors):
+        places.setdefault(t.device, []).append(i)
+    out = list(tensors)
+    for own in places.values():
+        flat = torch.cat([tensors[i].double().reshape(-1) for i in own]).cpu()
+        for i, part in zip(own, flat.split([tensors[i].numel() for i in own]), strict=True):
+            out[i] = part.view(tensors[i].shape)
+    return out
+
+
+def log_numbers(module: Any, numbers: Mapping[str, float], shown: Collection[str] = ()) -> None:
+    """Logs numbers of this step, those `shown` in the progress bar too.
+
+    As tensors of the host: a plain number would go to the GPU, and come back for the logger.
+    """
+    for name, value in numbers.items():
+        number = torch.tensor(value, dtype=torch.float64)
+        module.log(name, number, prog_bar=name in shown, batch_size=1)
 
 
 def length_stats(groups: Sequence[Sequence[Completion]], prompt_tokens: int) -> dict[str, Stat]:

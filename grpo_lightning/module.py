@@ -19,7 +19,7 @@ from grpo_lightning.kernels import KernelConfig
 from grpo_lightning.lora import check_quantization, lora_config, starts_as_base
 from grpo_lightning.losses import Coefficients, LossConfig
 from grpo_lightning.losses.policy_loss import Weights
-from grpo_lightning.metrics import over_ranks
+from grpo_lightning.metrics import log_numbers, over_ranks
 from grpo_lightning.models import named, resolve_model
 from grpo_lightning.ops import policy_loss
 from grpo_lightning.reference import ReferenceConfig
@@ -236,8 +236,7 @@ class GRPOModule(pl.LightningModule):
         """Compares a few completions with the model as it was loaded, and logs how far apart they are."""
         found = first_step_distance(self.policy, rollout)
         self._verified = bool(found)
-        for name, value in found.items():
-            self.log(name, value, batch_size=1)
+        log_numbers(self, found)
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """Steps, and lets the reference follow; here, so that a checkpoint of this step holds both."""
@@ -272,8 +271,7 @@ class GRPOModule(pl.LightningModule):
         metrics |= self.coefficients.metrics()
         self.coefficients.step(metrics)
         self.window_metrics = metrics
-        for name, value in metrics.items():
-            self.log(name, value, prog_bar=name == "kl", batch_size=1)
+        log_numbers(self, metrics, shown=("kl",))
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keeps what trains, and says what it belongs to."""

@@ -32,7 +32,7 @@ from grpo_lightning.callbacks.surroundings import (
 )
 from grpo_lightning.errors import ConfigError
 from grpo_lightning.losses import LossConfig
-from grpo_lightning.metrics import gather, over_ranks
+from grpo_lightning.metrics import gather, log_numbers, over_ranks
 from grpo_lightning.rewards.suite import Rewards
 from grpo_lightning.rollout.collect import Collector, Rollout
 from grpo_lightning.rollout.engine import RolloutEngine
@@ -202,11 +202,9 @@ class RolloutCallback(Callback):
     ) -> None:
         """Times the step and lets go of a rollout that is used up."""
         if (batch.part + 1) % trainer.accumulate_grad_batches == 0:
-            pl_module.log("step_time", self._clock.lap(), batch_size=1)
-            for name, value in self.cutter.metrics().items():
-                pl_module.log(name, value, batch_size=1)
+            log_numbers(pl_module, {"step_time": self._clock.lap(), **self.cutter.metrics()})
         if batch.part + 1 == batch.parts:
-            pl_module.log("tokens_per_second", self._clock.rate(), prog_bar=True, batch_size=1)
+            log_numbers(pl_module, {"tokens_per_second": self._clock.rate()}, shown=("tokens_per_second",))
             self._parts = []
 
     def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: Any, optimizer: Any) -> None:
@@ -232,8 +230,7 @@ class RolloutCallback(Callback):
         self._num_tokens += metrics["num_tokens"]
         self._clock.tokens = metrics["num_tokens"]
         metrics["num_tokens"] = self._num_tokens
-        for name, value in metrics.items():
-            module.log(name, value, prog_bar=name in PROGRESS, batch_size=1)
+        log_numbers(module, metrics, shown=PROGRESS)
         return parts * self.num_iterations
 
     def _advantage_of(self, loss: LossConfig) -> str:

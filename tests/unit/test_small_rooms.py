@@ -1,10 +1,12 @@
 """Metrics, statistics, schedules and tables."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from grpo_lightning.errors import ConfigError, choices
-from grpo_lightning.metrics import length_stats, over_ranks, reward_stats
+from grpo_lightning.metrics import length_stats, log_numbers, on_host, over_ranks, reward_stats
 from grpo_lightning.samples import Completion
 from grpo_lightning.schedulers import WarmupCosine
 from grpo_lightning.stats import combine, extreme, mean, mean_of, spread_of, values
@@ -34,6 +36,25 @@ def test_means_of_nothing_are_not_logged():
     assert (
         values({"m": mean(0.0, 0), "s": spread_of(torch.zeros(1)), "n": extreme("max", float("nan"))}) == {}
     )
+
+
+def test_numbers_come_to_the_host_as_they_are():
+    given = [torch.tensor(2**40 + 1), torch.tensor([0.5, 0.25]), torch.zeros(()).bfloat16(), torch.ones(0, 2)]
+    found = on_host(given)
+    assert all(x.dtype == torch.float64 and x.is_cpu for x in found)
+    for x, y in zip(found, given, strict=True):
+        assert torch.equal(x, y.double())
+    assert on_host([]) == []
+
+
+def test_what_is_logged_stays_on_the_host():
+    seen = {}
+    module = SimpleNamespace(log=lambda name, value, **how: seen.update({name: (value, how)}))
+    log_numbers(module, {"a": 2**24 + 1.0, "b": 3.0}, shown=("b",))
+    assert seen["a"][0].dtype == torch.float64
+    assert seen["a"][0].item() == 2**24 + 1
+    assert seen["a"][0].is_cpu
+    assert [how["prog_bar"] for _, how in seen.values()] == [False, True]
 
 
 def test_length_stats_have_trls_names():
