@@ -70,8 +70,15 @@ class Shape(NamedTuple):
         return self.queries.longest, self.prompts.longest
 
     def filling(self, *lengths: Sequence[int]) -> list[list[int]]:
-        """Returns for each region the lengths of segments that make it full."""
-        return [added or [] for added in self._fillings(lengths)]
+        """Returns for each region the lengths of segments that make it full.
+
+        Raises:
+            ValueError: these segments do not fit.
+        """
+        found = [added for added in self._fillings(lengths) if added is not None]
+        if len(found) < len(lengths):
+            raise ValueError(f"segments of {[sum(own) for own in lengths]} rows do not fit {self}")
+        return found
 
     def _fillings(self, lengths: Sequence[Sequence[int]]) -> list[list[int] | None]:
         return [region.filling(own) for region, own in zip(self, lengths, strict=True)]

@@ -8,6 +8,7 @@ import torch
 from losses import REQUIRED, assert_as_twin, micro_batch
 from models import random_rollout, tiny_llama
 from tiny import tiny_tokenizer
+from ways import NoGraph
 
 from grpo_lightning.kernels import KernelConfig
 from grpo_lightning.losses import RECIPES, CorrectionConfig, LossConfig
@@ -349,13 +350,6 @@ def test_filled_batches_read_nothing_that_was_not_written():
         spoiled = [torch.full((n,), torch.nan, device="cuda") for n in [1 << 28] + [100_000] * 500]
         del spoiled
         assert all(g.isfinite().all() for g in adapter_gradient(policy, batch).values())
-
-
-class NoGraph:
-    """Filled up, but called."""
-
-    def hidden(self, ids, positions, layout):
-        assert len(ids) == len(layout.shared.order)
 
 
 def test_a_loss_that_compiles_while_somebody_watches():

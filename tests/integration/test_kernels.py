@@ -5,6 +5,7 @@ import torch
 from fits import data, module, rollout, rows_of, trainer, weights
 from models import random_rollout, tiny_llama
 from tiny import tiny_tokenizer
+from ways import NoGraph
 
 from grpo_lightning.errors import ConfigError, GRPOError
 from grpo_lightning.graphs import decoded, make_graphs
@@ -206,12 +207,6 @@ def test_filling_changes_nothing():
     ends = batch.prompt_lengths, batch.lengths, batch.host_groups, batch.segment_ids, batch.position_ids
     layout = PackedLayout.of(*ends, segments=True, shapes=[])
     assert len(layout.shared.order) > batch.num_tokens
-
-    class NoGraph:
-        shapes = ()
-
-        def hidden(self, ids, positions, layout):
-            assert len(ids) == len(layout.shared.order)
 
     policy.graphs, policy.prepared.chosen = (
         NoGraph(),

@@ -32,6 +32,8 @@ def test_a_region_is_filled_exactly_or_not_at_all(seed):
 def test_a_segment_that_is_too_long_does_not_fit():
     region = Region.around([10] * 20)
     assert region.filling([10] * 16 + [region.longest + 1]) is None
+    with pytest.raises(ValueError, match=r"rows do not fit Shape"):
+        Shape(*[region] * 4).filling(*[[region.longest + 1]] * 4)
 
 
 def test_shapes_of_a_run_are_few():
