@@ -17,11 +17,12 @@ from grpo_lightning.ops.segments import SharedPrompts
 from grpo_lightning.ops.varlen import Flash, shared_prompt_attention
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class PackedLayout:
     """Where the groups of a packed batch lie in T and what may attend to what inside them.
 
-    Where segments are wanted, the rows go through the model in the order of `shared`.
+    Where segments are wanted, the rows go through the model in the order of `shared`. Not frozen: of a frozen
+    one torch.compile 2.11 reads every field, and compiles again for another number of groups.
     """
 
     bounds: tuple[tuple[int, int], ...] | None

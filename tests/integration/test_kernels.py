@@ -77,11 +77,11 @@ def test_compiled_layers_compute_the_same_and_compile_once(monkeypatch):
         torch.testing.assert_close(p.grad, gradients[name], atol=1e-4, rtol=1e-4)
     graphs = None
     for seed in range(6):
-        b = random_rollout(seed=seed, prompts=2 + seed % 3, longest=5 + seed)
+        b = random_rollout(seed=seed, prompts=2 + seed, longest=5 + seed)
         policy.logprobs(b).logprobs.sum().backward()
         with torch.no_grad(), policy.reference():
             policy.logprobs(b)
-        if seed >= 2:
+        if seed >= 1:
             graphs = graphs or counters["stats"]["unique_graphs"]
             assert counters["stats"]["unique_graphs"] == graphs
     with policy.generating() as causal:  # decoding compiles nothing
