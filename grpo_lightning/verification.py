@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -69,8 +70,12 @@ def logprob_distance(policy: Policy, batch: RolloutBatch) -> Tensor:
 def gradient_distance(policy: Policy, batch: RolloutBatch) -> Tensor:
     """Returns |g - g'| / |g'|, with g' the gradient of the model as loaded, of summed log-probabilities.
 
-    Nothing may drop out: layers are checkpointed only in training mode, and it is taken for the gradients.
+    They are of tokens half a vocabulary away from the sampled ones: where a policy is sure of its tokens, the
+    gradient of these is nothing but rounding. Nothing may drop out: layers are checkpointed only in training
+    mode, and it is taken for the gradients.
     """
+    size = policy.causal.config.get_text_config().vocab_size
+    batch = replace(batch, target_ids=(batch.target_ids + size // 2) % size)
     params = list(policy.trainable().values())
     gradients = []
     for way in (_prepared, _plain):

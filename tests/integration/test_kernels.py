@@ -12,7 +12,7 @@ from grpo_lightning.graphs import decoded, make_graphs
 from grpo_lightning.kernels import AUTO, KernelConfig
 from grpo_lightning.ops.attention import PackedLayout, _say_once
 from grpo_lightning.policy import Policy
-from grpo_lightning.verification import logprob_distance
+from grpo_lightning.verification import first_step_distance, logprob_distance
 
 CPU = torch.device("cpu")
 
@@ -129,6 +129,25 @@ def test_the_first_gradient_with_checkpointed_layers(model_folder, tmp_path, che
     first = next(r for r in rows_of(tmp_path) if r["loss"])
     assert 0 <= float(first["check/gradient_distance"]) < 1e-3
     assert m.policy.model.training
+
+
+def test_the_gradient_of_a_policy_that_is_sure_is_compared_too():
+    """A run is resumed with a policy whose own tokens have hardly any gradient left."""
+    from peft import LoraConfig, get_peft_model
+
+    lora = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
+    base = tiny_llama(hidden_size=256, intermediate_size=512, head_dim=64, vocab_size=2048).bfloat16()
+    policy, b = (
+        Policy(get_peft_model(base, lora), tiny_tokenizer()),
+        random_rollout(1, 2, 8, seed=3, vocab=2048),
+    )
+    step = torch.optim.Adam(policy.trainable().values(), lr=3e-3)
+    for _ in range(51):  # until the same tokens are found again
+        step.zero_grad()
+        (-policy.logprobs(b).logprobs.mean()).backward()
+        step.step()
+    assert policy.logprobs(b).logprobs.median() > -0.02
+    assert first_step_distance(policy, b)["check/gradient_distance"] < 0.02
 
 
 def test_a_kernel_without_its_gradient_stops_the_run(model_folder, tmp_path, monkeypatch):
