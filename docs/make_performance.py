@@ -145,7 +145,9 @@ def learning() -> None:
     fig, (left, right) = plt.subplots(1, 2, figsize=(11, 4))
     for side, colour in (("ours", "#47a"), ("TRL", "#c44")):
         r = latest("learning-smollm2_arithmetic")["sides"][side]
-        left.plot(*by_tens(r["correct"]), color=colour, label=f"{side}, {r['steps_per_min']:.0f} steps a minute")
+        left.plot(
+            *by_tens(r["correct"]), color=colour, label=f"{side}, {r['steps_per_min']:.0f} steps a minute"
+        )
     left.set_title("sampled completions that are right, by ten steps")
     whole = latest("learning-smollm2_arithmetic-long")["whole"]
     right.plot(*by_tens(whole["correct"]), color="#9bd", label="sampled, by ten steps")
