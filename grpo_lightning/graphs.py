@@ -185,7 +185,6 @@ class _Captured:
 @contextmanager
 def _uncollected() -> Iterator[None]:
     """Keeps Python's collector from freeing what CUDA does not let go of during a capture: other graphs."""
-    gc.collect()
     on = gc.isenabled()
     gc.disable()
     try:
