@@ -5,6 +5,8 @@ are the keys of Triton's own cache: types, alignment of addresses, integers that
 """
 
 from collections import defaultdict
+from contextlib import ExitStack
+from pkgutil import resolve_name
 from typing import Any
 from unittest.mock import patch
 
@@ -16,27 +18,25 @@ from triton.compiler import make_backend
 from triton.runtime.jit import create_function_from_signature
 
 from grpo_lightning.losses import LossConfig
-from grpo_lightning.ops import (
-    head_gemm_triton,
-    head_triton,
-    policy_loss_triton,
-    rotary_triton,
-    swiglu_triton,
-    varlen_triton,
-)
 from grpo_lightning.ops.head import Head, Inputs
+from grpo_lightning.ops.head_gemm_triton import finish, multiply, own_logits
+from grpo_lightning.ops.head_triton import scale_rows, score_rows
+from grpo_lightning.ops.policy_loss_triton import policy_loss_grad
+from grpo_lightning.ops.rotary_triton import turn
+from grpo_lightning.ops.swiglu_triton import backward, forward
+from grpo_lightning.ops.varlen_triton import merge
 
 KERNELS = (
-    (varlen_triton, "_merge"),
-    (swiglu_triton, "_forward"),
-    (swiglu_triton, "_backward"),
-    (rotary_triton, "_turn"),
-    (head_triton, "_rows"),
-    (head_triton, "_scale"),
-    (head_gemm_triton, "_own"),
-    (head_gemm_triton, "_multiply"),
-    (head_gemm_triton, "_finish"),
-    (policy_loss_triton, "loss_kernel"),
+    "varlen_triton._merge",
+    "swiglu_triton._forward",
+    "swiglu_triton._backward",
+    "rotary_triton._turn",
+    "head_triton._rows",
+    "head_triton._scale",
+    "head_gemm_triton._own",
+    "head_gemm_triton._multiply",
+    "head_gemm_triton._finish",
+    "policy_loss_triton.loss_kernel",
 )
 
 
@@ -64,15 +64,15 @@ def body(n: int) -> None:
     """A layer's kernels for n rows, of which the last n // 2 are completions."""
     out, lse = half(n, 4, 64), torch.empty(4, n)
     c = slice(n - n // 2, n)
-    varlen_triton.merge(out[c], lse[:, c], half(n // 2, 4, 64), torch.empty(4, n // 2))
+    merge(out[c], lse[:, c], half(n // 2, 4, 64), torch.empty(4, n // 2))
     both = half(n, 2 * 128)
     g, u = both.split(128, 1)
-    swiglu_triton.forward(g, u)
-    swiglu_triton.backward(half(n, 128), g, u)
+    forward(g, u)
+    backward(half(n, 128), g, u)
     wide = half(n, 4 * 64 + 2 * 2 * 64)  # q, k and v of one product
     q, k = wide[:, :256].view(n, 4, 64), wide[:, 256:384].view(n, 2, 64)
     for back in (False, True):
-        rotary_triton.turn(q, k, half(n, 64), half(n, 64), back)
+        turn(q, k, half(n, 64), half(n, 64), back)
 
 
 def head(n: int) -> None:
@@ -80,28 +80,29 @@ def head(n: int) -> None:
     at = slice(3, 3 + n)
     ids, tau = torch.zeros(n + 3, dtype=torch.int64)[at], torch.empty(n + 3)[at]
     x = Inputs(half(n, 64), half(2000, 64), None, ids, tau, Head(), None)
-    head_triton.scale_rows(half(n, 64), torch.empty(n))
-    rows, own, sums = half(n, 2000), head_gemm_triton.own_logits(x), torch.empty(2, 16, n)
-    head_gemm_triton.multiply(x, own, rows, sums)
-    head_gemm_triton.finish(x, own, sums, rows, tuple(torch.empty(3, n + 3)[:, at]))
+    scale_rows(half(n, 64), torch.empty(n))
+    rows, own, sums = half(n, 2000), own_logits(x), torch.empty(2, 16, n)
+    multiply(x, own, rows, sums)
+    finish(x, own, sums, rows, tuple(torch.empty(3, n + 3)[:, at]))
     chunk = Inputs(*x[:3], torch.zeros(n, dtype=torch.int64), torch.empty(n), *x[5:])
-    head_triton.score_rows(torch.empty(n, 2000), *chunk[3:6], None, half(n, 2000))
+    score_rows(torch.empty(n, 2000), *chunk[3:6], None, half(n, 2000))
 
 
 def loss(seed: int) -> None:
     """The loss of a rollout of other numbers of prompts, completions and tokens."""
     batch = random_rollout(seed=seed, prompts=1 + seed % 5, longest=5 + seed)
     logprobs = -torch.rand(len(batch.target_ids))
-    policy_loss_triton.policy_loss_grad(logprobs, batch, LossConfig("dapo").resolve(), None, 0.0, 0.0)
+    policy_loss_grad(logprobs, batch, LossConfig("dapo").resolve(), None, 0.0, 0.0)
 
 
 def main() -> None:
     """Prints for each kernel how many variants 30 batches need."""
-    seen = {name: Launches(getattr(module, name)) for module, name in KERNELS}
+    seen = {name: Launches(resolve_name(f"grpo_lightning.ops.{name}")) for name in KERNELS}
     after: dict[str, set[str]] = defaultdict(set)
-    with patch.object(head_gemm_triton, "programs", lambda device: 132):
-        for module, name in KERNELS:
-            setattr(module, name, seen[name])
+    with ExitStack() as patched:
+        patched.enter_context(patch("grpo_lightning.ops.head_gemm_triton.programs", lambda device: 132))
+        for name, launches in seen.items():
+            patched.enter_context(patch(f"grpo_lightning.ops.{name}", launches))
         for step in range(30):
             if step == 3:
                 after = {name: set(launches.keys) for name, launches in seen.items()}
@@ -110,7 +111,7 @@ def main() -> None:
             loss(step)
     for name, launches in seen.items():
         assert launches.keys, f"{name} was not launched"
-        print(f"{name}: {len(after[name])} then {len(launches.keys)}")
+        print(f"{name.split('.')[1]}: {len(after[name])} then {len(launches.keys)}")
         for key in launches.keys - after[name]:
             print("   ", key)
 
