@@ -51,7 +51,13 @@ def engine_arguments(engine: "VLLMEngine", context: EngineContext) -> dict[str, 
         arguments["distributed_executor_backend"] = "external_launcher"
     given = dict(engine.engine_kwargs)
     if isinstance(own := arguments.get("compilation_config"), dict):
-        own |= given.pop("compilation_config", {})
+        theirs = given.pop("compilation_config", {})
+        if not isinstance(theirs, dict):
+            raise ConfigError(
+                f"rollout.engine.engine_kwargs.compilation_config is {theirs!r}; it must be a mapping, which "
+                "goes before ours, e.g. {mode: 3}"
+            )
+        own |= theirs
     taken = sorted(set(given) & set(arguments))
     if taken:
         raise ConfigError(

@@ -40,5 +40,7 @@ def test_the_users_compilation_goes_first(monkeypatch):
     assert found["max_num_batched_tokens"] == 9
     assert kwargs["compilation_config"] == {"mode": 3}
     assert arguments(monkeypatch, engine_kwargs=kwargs, enforce_eager=True)["compilation_config"]["mode"] == 3
+    with pytest.raises(ConfigError, match=r"compilation_config is 3; it must be a mapping"):
+        arguments(monkeypatch, engine_kwargs={"compilation_config": 3})
     with pytest.raises(ConfigError, match="engine_kwargs sets dtype"):
         arguments(monkeypatch, engine_kwargs={"dtype": "half"})
