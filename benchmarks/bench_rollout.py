@@ -146,6 +146,17 @@ def one(kind: str, folder: str, small: bool, repeats: int) -> dict[str, Any]:
     for _ in range(repeats):
         requests, out, rate = generate(50)
         rates.append(rate)
+    if kind == "merge":
+        trained = [p.detach().clone() for p in policy.trainable().values()]
+        turns: dict[str, list[float]] = {"base": [], "merged": []}
+        for i in range(2 * repeats + 2):  # in turns, since the host's speed moves
+            served = ("base", "merged")[i % 2]
+            with torch.no_grad():
+                for p, w in zip(policy.trainable().values(), trained, strict=True):
+                    p.copy_(w if served == "merged" else torch.zeros_like(w))
+            engine.sync(policy, 51 + i)
+            turns[served].append(generate(51 + i)[2])
+        row["in_turns"] = turns
     row |= {
         "sync_ms": statistics.median(syncs),
         "syncs_ms": syncs,
@@ -206,6 +217,9 @@ def main() -> None:
     ]
     header = ("sync", "start s", "first ms", "ms", "tok/s", "parity before", "after 50 syncs")
     print(table((*header, "GiB trainer awake asleep closed", "wake + generate s"), cells))
+    for turns in (r["in_turns"] for r in rows.values() if "in_turns" in r):
+        base, merged = (statistics.median(turns[name]) for name in ("base", "merged"))
+        print(f"in turns, tokens a second: base {base:.0f}, merged {merged:.0f}, {merged / base:.3f} of it")
 
 
 if __name__ == "__main__":

@@ -196,6 +196,8 @@ Against the targets at 16,384 rows: 1.25x over TRL 1.16 at H = 896 and 1.35x at 
 times smaller; 2x over full logits at 896 and 2048 (3.5x, 2.1x; at 4096 the two products alone leave room for 1.63x: 1.54x); 1.3x over Unsloth 2026.10's own function at 896 (1.41x;
 at 2048 and 4096 the two products leave room for 1.31x and 1.18x: 1.15x and 1.11x, ours with the entropy, theirs without); Liger's time (0.96x to 1.02x of ours) in an eighth of
 its memory; 70 % of the floor (81 to 94 %; 95 to 97 % at 131,072 rows); 600 MiB of workspace beside the gradient rows [N, H], which are 1 GiB themselves at 131,072 rows and H = 4096.
+The floor of these tables is in tiles of 1,024 rows; TRL's forward at 4096 (29.0 ms, half of the floor is 30.4) says that there are faster ones, and what the two products leave
+room for is that much more. `bench_head.py` races five tilings for it.
 A call in bf16 writes no logits: its first product ends in exponentials, of which the second makes the gradient (`ops/head_gemm.py`).
 
 ## The loss

@@ -52,3 +52,26 @@ def test_learning(tmp_path):
     sync, generate, reward, score, rollout, train = map(float, rows[-1][1:])
     assert sync + generate + reward + score == pytest.approx(rollout, abs=0.003)  # each is rounded
     assert train > 0
+
+
+def test_runs_are_compared_value_by_value(tmp_path):
+    head = "step,reward,rewards/math_answer/mean,step_time,val/rewards/math_answer/mean\n"
+    logs = {
+        "whole": "0,0.1,0,9,\n1,0.5,1,9,\n1,,,,0.75\n2,0.6,1,9,\n",
+        "ended": "0,0.1,0,8,\n1,0.5,1,7,\n",
+        "other": "1,0.5,0,9,\n1,,,,0.75\n2,0.6,1,1,\n",
+    }
+    for name, rows in logs.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "metrics.csv").write_text(head + rows)
+    command = [sys.executable, str(ROOT / "benchmarks" / "compare_runs.py"), "--out", str(tmp_path)]
+    for others, code in ((["ended"], 0), (["ended", "other"], 1)):
+        files = [str(tmp_path / name / "metrics.csv") for name in ("whole", *others)]
+        done = subprocess.run([*command, *files], capture_output=True, text=True, check=False)
+        assert done.returncode == code, done.stderr
+    (file,) = tmp_path.glob("compared-runs-*.json")
+    found = json.loads(file.read_text())
+    assert found["equal"]["ended"] == {"values": 8, "different": 0, "first": []}
+    assert found["equal"]["other"]["first"] == ["rewards/math_answer/mean at 1: 1, 0"]
+    assert found["whole"]["correct"] == [0, 1, 1]
+    assert found["other"]["held_out"] == [[1, 0.75]]
