@@ -62,20 +62,22 @@ def trl_options(config: dict[str, Any], job: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def csv_logger(folder: Path) -> str:
+    """Returns the flag's value for a logger whose file is whole after each step."""
+    settings = {"save_dir": str(folder), "flush_logs_every_n_steps": 1}
+    return json.dumps({"class_path": "lightning.pytorch.loggers.CSVLogger", "init_args": settings})
+
+
 def command_of(side: str, job: dict[str, Any], python: str, folder: Path, flags: list[str]) -> list[str]:
     """Returns what runs `side` in `folder`."""
     if side == "TRL":
         (folder / "job.json").write_text(json.dumps({**job, "out": str(folder / "trl.json")}))
         return [python, str(HERE / "peers" / "trl_cpu.py"), str(folder / "job.json")]
-    logger = json.dumps(
-        {
-            "class_path": "lightning.pytorch.loggers.CSVLogger",
-            "init_args": {"save_dir": str(folder), "flush_logs_every_n_steps": 1},
-        }
-    )
     return [
-        *(sys.executable, "-m", "grpo_lightning", "fit", "--config", job["config"]),
-        *("--model.model_name", job["model"], "--trainer.logger", logger, "--trainer.callbacks", "[]"),
+        *(sys.executable, str(HERE / "engine_memory.py"), str(folder / "engine.json")),
+        *("fit", "--config", job["config"]),
+        *("--model.model_name", job["model"], "--trainer.logger", csv_logger(folder)),
+        *("--trainer.callbacks", "[]"),
         *("--trainer.max_steps", str(job["steps"])),
         *("--trainer.log_every_n_steps", "1", "--trainer.enable_checkpointing", "false"),
         *("--trainer.enable_progress_bar", "false", "--rollout.validation.before_training", "false"),
@@ -145,18 +147,25 @@ def run(side: str, job: dict[str, Any], args: argparse.Namespace, folder: Path) 
     env = dict(os.environ) if side == "TRL" else {**os.environ, "PYTHONPATH": path}
     # Each side compiles for itself, as on a fresh machine.
     env |= {name: str(folder / name) for name in CACHES}
+    return watch(side, command, folder, env, args.limit + args.grace)
+
+
+def watch(side: str, command: list[str], folder: Path, env: dict[str, str], limit: float) -> dict[str, Any]:
+    """Runs `command` in `folder`; returns what it logged as `side`, seconds and memory."""
     began = time.perf_counter()
     with watched() as peak, (folder / "log").open("w") as log:
         child = subprocess.Popen(command, cwd=folder, env=env, stdout=log, stderr=subprocess.STDOUT)
         try:
-            code: int | str = child.wait(args.limit + args.grace)
+            code: int | str = child.wait(limit)
         except subprocess.TimeoutExpired:
             code = "ended by the time limit"
         finally:
             child.kill()
             child.wait()
     wall = time.perf_counter() - began
-    result = {"wall_s": wall, **peak, **read(side, folder)}
+    engine = folder / "engine.json"
+    held = json.loads(engine.read_text()) if engine.exists() else {}
+    result = {"wall_s": wall, **peak, **held, **read(side, folder)}
     seconds = result["seconds"]
     if seconds:
         # The first steps compile and capture, and ours starts its engine in the first.
@@ -171,7 +180,7 @@ def run(side: str, job: dict[str, Any], args: argparse.Namespace, folder: Path) 
 def row(side: str, r: dict[str, Any]) -> list[str]:
     """Returns a line of the table: figures, then the share of right answers by sixths of the run."""
     if "step_s" not in r:
-        return [side, "failed", *[""] * 6]
+        return [side, "failed", *[""] * 7]
     n = max(len(r["correct"]) // 6, 1)
     sixths = [statistics.mean(r["correct"][i : i + n]) for i in range(0, len(r["correct"]) - n + 1, n)]
     return [
@@ -182,6 +191,7 @@ def row(side: str, r: dict[str, Any]) -> list[str]:
         f"{r['start_s']:.0f}",
         f"{r['wall_s']:.0f}",
         f"{r['peak_gib']:.1f}" if "peak_gib" in r else "-",
+        f"{r['engine_gib']:.1f}" if "engine_gib" in r else "-",
         " ".join(f"{x:.2f}" for x in sixths),
     ]
 
@@ -238,6 +248,7 @@ def main() -> None:
         "start s",
         "wall s",
         "GiB",
+        "engine's",
         "correct by sixths of the run",
     )
     print(table(header, [row(name, r) for name, r in sides.items()]))

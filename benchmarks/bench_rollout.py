@@ -19,7 +19,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from measure import parser, save, setting, table
+from measure import parser, save, setting, table, used_gib
 from workloads import LINEAR, SHAPES
 
 from grpo_lightning.batch import RolloutBatch
@@ -51,16 +51,16 @@ class Merging(VLLMEngine):
         self.policy_version = version
 
 
-def save_model(shape: str, folder: Path) -> None:
+def save_model(shape: str, folder: Path, eos: int = 1, pad: int = 0) -> None:
     """Writes a random Qwen2 of `shape`."""
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
-    sizes = {**SHAPES[shape], "max_position_embeddings": 4096, "tie_word_embeddings": True}
+    sizes = {"tie_word_embeddings": True, **SHAPES[shape], "max_position_embeddings": 4096}
     if shape == "tiny":  # vLLM's CPU attention takes heads of 32 and more
         sizes |= {"hidden_size": 128, "num_attention_heads": 4}
     torch.manual_seed(0)
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
-        model = Qwen2ForCausalLM(Qwen2Config(**sizes, eos_token_id=1, pad_token_id=0)).bfloat16()
+        model = Qwen2ForCausalLM(Qwen2Config(**sizes, eos_token_id=eos, pad_token_id=pad)).bfloat16()
     model.save_pretrained(folder)
 
 
@@ -88,14 +88,6 @@ def parity(policy: Policy, requests: list[Request], out: list[list[Any]]) -> tup
     return float(gap.mean()), float(gap.max())
 
 
-def gib() -> float:
-    """Returns the GPU memory in use, by whomever."""
-    if not torch.cuda.is_available():
-        return 0.0
-    free, total = torch.cuda.mem_get_info()
-    return (total - free) / 2**30
-
-
 def one(kind: str, folder: str, small: bool, repeats: int) -> dict[str, Any]:
     """Returns the row of `kind`."""
     cuda = torch.cuda.is_available()
@@ -104,7 +96,7 @@ def one(kind: str, folder: str, small: bool, repeats: int) -> dict[str, Any]:
     tokenizer = SimpleNamespace(eos_token_id=1, pad_token_id=0)
     policy = load_policy(folder, tokenizer, lora=lora, model_kwargs=settings, gradient_checkpointing=False)
     policy = policy.to("cuda" if cuda else "cpu")
-    memory = {"trainer": gib()}
+    memory = {"trainer": used_gib()}
     prompts, group, length = (4, 2, 8) if small else (64, 8, 256)
     engine = (Merging if kind == ROWS[3] else VLLMEngine)(
         sync="merge" if kind == ROWS[3] else kind, max_num_seqs=16 if small else 512
@@ -115,7 +107,7 @@ def one(kind: str, folder: str, small: bool, repeats: int) -> dict[str, Any]:
         EngineContext(policy=policy, model_path=folder, max_model_len=32 + length, sampling=sampling)
     )
     row: dict[str, Any] = {"start_s": time.perf_counter() - began}
-    memory["awake"] = gib()
+    memory["awake"] = used_gib()
     draw = torch.Generator().manual_seed(1)
     ids = torch.randint(3, policy.causal.config.vocab_size, (prompts, 24), generator=draw).tolist()
 
@@ -165,12 +157,12 @@ def one(kind: str, folder: str, small: bool, repeats: int) -> dict[str, Any]:
     }
     row["parity_after"] = parity(policy, requests, out)
     engine.sleep()
-    memory["asleep"] = gib()
+    memory["asleep"] = used_gib()
     began = time.perf_counter()
     generate(50)
     row["wake_and_generate_s"] = time.perf_counter() - began
     engine.close()
-    memory["closed"] = gib()
+    memory["closed"] = used_gib()
     return row | {"memory_gib": memory, "sleep": engine.sleep_mode}
 
 

@@ -55,6 +55,15 @@ def peak_mib(run: Callable[[], Any], device: torch.device) -> float:
     return (torch.cuda.max_memory_allocated() - before) / 2**20
 
 
+def used_gib() -> float:
+    """Returns the GPU memory in use, by whomever, but for what torch could give back; 0 without CUDA."""
+    if not torch.cuda.is_available():
+        return 0.0
+    torch.cuda.empty_cache()
+    free, total = torch.cuda.mem_get_info()
+    return (total - free) / 2**30
+
+
 def race(
     contenders: dict[str, Callable[[], Any]], device: torch.device, repeats: int, warm_up: int = 2
 ) -> dict[str, dict[str, Any]]:

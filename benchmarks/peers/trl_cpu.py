@@ -5,7 +5,8 @@ import sys
 import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[2]))  # the same reward functions score both sides
+# The same reward functions score both sides.
+sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parents[1])]
 
 
 def main(job_file: str) -> None:
@@ -14,6 +15,7 @@ def main(job_file: str) -> None:
     import transformers
     import trl
     from datasets import Dataset
+    from engine_memory import noted
     from peft import LoraConfig
     from transformers import TrainerCallback
     from trl import GRPOConfig, GRPOTrainer
@@ -21,6 +23,11 @@ def main(job_file: str) -> None:
 
     from grpo_lightning.rewards import FormatReward, math_answer
 
+    if job.get("trl", {}).get("use_vllm"):
+        from trl.generation.vllm_generation import VLLMGeneration
+
+        engine_file = Path(job["out"]).with_name("engine.json")
+        VLLMGeneration._init_vllm = noted(VLLMGeneration._init_vllm, engine_file)
     seconds: list[float] = []
     phases: dict[str, list[float]] = {}
     profiling.ProfilingContext._log_metrics = lambda self, took: phases.setdefault(self.name, []).append(took)
