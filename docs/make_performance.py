@@ -153,7 +153,7 @@ def learning() -> None:
     right.plot(*by_tens(whole["correct"]), color="#9bd", label="sampled, by ten steps")
     steps, accuracy = zip(*whole["held_out"], strict=True)
     right.plot(steps, accuracy, "o-", color="#47a", label="256 held-out problems, greedy")
-    right.set_title("1,500 steps of ours")
+    right.set_title(f"{len(whole['correct']):,} steps of ours")
     for axis in (left, right):
         axis.set_xlabel("optimizer step")
         axis.grid(alpha=0.3)
@@ -186,18 +186,18 @@ replays the decoder as CUDA graphs and takes the wait out (it is off in `auto`: 
 count as peak). At 1.5B the GPU is busy without them. Compiled layers add nothing to the kernels here (an earlier run: 235 to 234 ms for a minute of warm-up).
 
 Against the targets: 8x at 0.5B, 5x at 1.5B, 5x on long completions (against the padded layout in 8 parts; in 4 it does not fit) and 12x on long prompts are
-reached (9.5x, 8.3x, 7.4x, 13.7x at 0.5B and 12.5x at 1.5B), and so are 35 % of the floor rate at 0.5B (36 %) and 50 % at 1.5B (51 %). The table of long completions
-is of an earlier session, before batches left room in their graphs for their successors (3 % more rows).
+reached (9.5x, 8.3x, 7.5x, 13.7x at 0.5B and 12.5x at 1.5B), and so are 35 % of the floor rate at 0.5B (36 %) and 50 % at 1.5B (51 %).
 
 ## The LM head
 
 {head()}
-Against the targets at 16,384 rows: 1.25x over TRL 1.16 at H = 896 and 1.35x at 2048 and 4096 are reached (1.52x, 1.36x, 1.47x; 1.5 to 1.6x at 131,072 rows), with errors 1,000 to 3,000
-times smaller; 2x over full logits at 896 and 2048 (3.5x, 2.1x; at 4096 the two products alone leave room for 1.63x: 1.54x); 1.3x over Unsloth 2026.10's own function at 896 (1.41x;
-at 2048 and 4096 the two products leave room for 1.31x and 1.18x: 1.15x and 1.11x, ours with the entropy, theirs without); Liger's time (0.96x to 1.02x of ours) in an eighth of
-its memory; 70 % of the floor (81 to 94 %; 95 to 97 % at 131,072 rows); 600 MiB of workspace beside the gradient rows [N, H], which are 1 GiB themselves at 131,072 rows and H = 4096.
-The floor of these tables is in tiles of 1,024 rows; TRL's forward at 4096 (29.0 ms, half of the floor is 30.4) says that there are faster ones, and what the two products leave
-room for is that much more. `bench_head.py` races five tilings for it.
+The floor is the two products alone, in the fastest of six tilings of the logits, one of them all logits of 16,384 rows at once (4.6 GiB); at 2048 and 4096 the six lie within 9 and 3 % of each other.
+
+Against the targets at 16,384 rows: 1.25x over TRL 1.16 at H = 896 and 1.35x at 2048 and 4096 are reached (1.50x, 1.39x, 1.35x; 1.5 to 1.7x at 131,072 rows), with errors 1,000 to 3,000
+times smaller; 2x over full logits at 896 and 2048 (3.4x, 2.1x) and 1.3x over Unsloth 2026.10's own function at 896 (1.36x); Liger's time (0.92x to 1.00x of ours) in an eighth of
+its memory; 70 % of the floor (78 to 91 %; 91 to 95 % at 131,072 rows); 600 MiB of workspace beside the gradient rows [N, H], which are 1 GiB themselves at 131,072 rows and H = 4096.
+Out of reach are 1.3x over Unsloth at 2048 and 4096 (1.17x and 1.04x, ours with the entropy, theirs without) and 2x over full logits at 4096 (1.51x): the two products alone,
+with nothing before, between or after them, would be 1.30x, 1.15x and 1.66x.
 A call in bf16 writes no logits: its first product ends in exponentials, of which the second makes the gradient (`ops/head_gemm.py`).
 
 ## The loss

@@ -138,14 +138,14 @@ class Policy(nn.Module):
         return json.dumps({**config, "inference_mode": True}, default=sorted, indent=2)
 
     def _apply(self, fn: Any, recurse: bool = True) -> "Policy":
-        """Keeps fp32 masters of what trains under `bf16-true`: small updates vanish in a bf16 weight."""
-        masters = {
-            n: p.data for n, p in self.trainable().items() if p.dtype == torch.float32 and self.is_lora
-        }
+        """Keeps in fp32 what `bf16-true` would round: adapters, in whose weights small updates vanish, and
+        buffers, since rounded rotary frequencies are other positions than transformers and vLLM have."""
+        exact = {**(self.trainable() if self.is_lora else {}), **dict(self.named_buffers())}
+        exact = {name: x.data for name, x in exact.items() if x.dtype == torch.float32}
         super()._apply(fn, recurse)
-        for name, p in self.trainable().items():
-            if name in masters and p.dtype != torch.float32:
-                p.data = masters[name].to(p.device)
+        for name, x in (*self.named_parameters(), *self.named_buffers()):
+            if name in exact and x.dtype.itemsize < 4:
+                x.data = exact[name].to(x.device)
         if self.reference_copy is not None:
             self.reference_copy.follow(self.trainable())
         return self

@@ -6,6 +6,8 @@ import pytest
 import torch
 from fits import data, module, rollout, rows_of, same_bits, trainer, weights
 from lightning.pytorch.callbacks import ModelCheckpoint
+from models import save_tiny
+from serving import SHAPE
 
 from grpo_lightning import PromptDataModule
 from grpo_lightning.callbacks import ValidationConfig
@@ -39,6 +41,16 @@ def test_full_weights_train(folder, tmp_path):
     m = module(folder, lora=None, optimizer=lambda params: torch.optim.SGD(params, lr=0.1))
     trainer(tmp_path, rollout(engine=engine()), max_steps=3).fit(m, data())
     assert worst(rows_of(tmp_path), "sampling/parity_mean") < 1e-4
+
+
+def test_far_positions_are_the_engines_in_bf16(tmp_path_factory, tmp_path):
+    """Rotary frequencies rounded to bf16 are other positions, and the further away the more."""
+    far = save_tiny(tmp_path_factory.mktemp("far"), **SHAPE, max_position_embeddings=2048)
+    rows = [{"prompt": f"{'count the stars and ' * 75} {i}"} for i in range(4)]
+    t = trainer(tmp_path, rollout(engine=engine(max_model_len=1600)), max_steps=1, precision="bf16-true")
+    t.fit(module(far), PromptDataModule(rows, prompts_per_rollout=4, max_prompt_tokens=1560))
+    (row,) = (r for r in rows_of(tmp_path) if r["reward"])
+    assert float(row["sampling/parity_mean"]) < 0.03
 
 
 def test_a_resumed_run_is_the_run(folder, tmp_path):

@@ -206,6 +206,16 @@ def test_lora_masters_stay_fp32_in_a_bf16_model():
     assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in policy.trainable().values())
 
 
+@pytest.mark.parametrize("lora", [True, False])
+def test_a_bf16_policy_keeps_its_positions(lora):
+    """transformers keeps rotary frequencies in fp32 when it loads a bf16 model."""
+    policy = lora_policy() if lora else Policy(tiny_llama(), tiny_tokenizer())
+    frequencies = policy.causal.model.rotary_emb.inv_freq.clone()
+    policy.to(torch.bfloat16)
+    assert torch.equal(policy.causal.model.rotary_emb.inv_freq, frequencies)
+    assert policy.causal.model.embed_tokens.weight.dtype == torch.bfloat16
+
+
 def test_an_empty_micro_batch_reaches_every_parameter():
     policy = lora_policy()
     logp = policy.logprobs(random_rollout().take([])).logprobs
