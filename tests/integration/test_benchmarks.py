@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from models import save_tiny
+from tiny import tiny_tokenizer
 
 ROOT = Path(__file__).parents[2]
 
@@ -52,6 +53,29 @@ def test_learning(tmp_path):
     sync, generate, reward, score, rollout, train = map(float, rows[-1][1:])
     assert sync + generate + reward + score == pytest.approx(rollout, abs=0.003)  # each is rounded
     assert train > 0
+
+
+def test_a_shipped_config_on_random_weights(tmp_path):
+    tiny_tokenizer().save_pretrained(tmp_path / "tokenizer")
+    rows = [{"question": f"{i} + {i}?", "answer": str(2 * i)} for i in range(200)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    command = [
+        *(sys.executable, str(ROOT / "benchmarks" / "bench_config.py"), "--small", "--shape", "tiny"),
+        *("--config", "configs/qwen.yaml", "--tokenizer", str(tmp_path / "tokenizer"), "--repeats", "3"),
+        *("--dataset", str(tmp_path / "rows.jsonl"), "--out", str(tmp_path), "--flags"),
+        *("--rollout.engine", "grpo_lightning.rollout.HFEngine", "--trainer.accelerator", "cpu"),
+        *("--trainer.precision", "32-true", "--rollout.sampling.max_tokens", "4"),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False, timeout=240)
+    assert done.returncode == 0, done.stderr[-3000:]
+    (file,) = tmp_path.glob("config-qwen-*.json")
+    side = json.loads(file.read_text())
+    assert len(side["seconds"]) == 3
+    assert 0 < sum(side["reward"]) / 3 < 1
+    assert max(side["parity"]) < 1e-4
+    assert side["engine_gib"] == 0  # of a GPU
+    (row,) = (line.split() for line in done.stdout.splitlines() if line.startswith("qwen "))
+    assert row[1] == "3"
 
 
 def test_runs_are_compared_value_by_value(tmp_path):
