@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from bench_learning import PHASES, csv_logger, phases, watch
 from bench_rollout import save_model
-from measure import parser, save, setting, table
+from measure import save, setting, table
 from workloads import SHAPES
 
 from grpo_lightning.models import resolve_model
@@ -49,7 +49,7 @@ def command_of(args: argparse.Namespace, model: str, folder: Path) -> list[str]:
         *(word for file in args.config for word in ("--config", str(Path(file).resolve()))),
         *("--model.model_name", model, "--rollout.reward_funcs", json.dumps([f"{__file__}:even"])),
         *("--rollout.reward_weights", "null", "--data.dataset", str(Path(args.dataset).resolve())),
-        *("--data.subset", "null", "--trainer.max_steps", str(args.repeats), "--trainer.logger"),
+        *("--data.subset", "null", "--trainer.max_steps", str(args.steps), "--trainer.logger"),
         *(csv_logger(folder), "--trainer.log_every_n_steps", "1", "--trainer.enable_progress_bar"),
         *("false", *args.flags),
     ]
@@ -57,12 +57,16 @@ def command_of(args: argparse.Namespace, model: str, folder: Path) -> list[str]:
 
 def main() -> None:
     """Runs the configs and writes the result."""
-    options = parser(__doc__, repeats=8)
+    options = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     options.add_argument("--config", nargs="+", required=True, help="from left to right")
     options.add_argument("--shape", default="1.5B", choices=list(SHAPES))
     options.add_argument("--tokenizer", required=True, help="a folder or .gguf file that has one")
     options.add_argument("--dataset", required=True, help="a file with the config's columns")
+    options.add_argument("--steps", type=int, default=8)
     options.add_argument("--limit", type=float, default=400, help="seconds")
+    options.add_argument("--out", type=Path, default=None, help="folder of the result")
     options.add_argument(
         "--flags", nargs=argparse.REMAINDER, default=[], help="of `grpo-lightning fit`; last"
     )
@@ -74,7 +78,7 @@ def main() -> None:
         command = command_of(args, model, folder)
         path = os.pathsep.join(filter(None, [str(HERE.parent), str(HERE), os.environ.get("PYTHONPATH")]))
         side = watch("ours", command, folder, {**os.environ, "PYTHONPATH": path}, args.limit)
-    device = torch.device("cpu" if args.small else "cuda")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     print(save(f"config-{name}", {"setting": setting(device), "shape": args.shape, **side}, args.out))
     if "failed" in side:
         sys.exit(f"{name} ended with {side['failed']['exit']}\n{side['failed']['log']}")

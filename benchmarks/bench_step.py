@@ -122,20 +122,19 @@ def measure(
             policy._set_attention("sdpa")
         policy.prepare(KernelConfig(**chosen | (piece.alone or {})), device)
 
-        run = step_of(policy, batch, piece.parts)
         with adapters_in(policy, piece.adapters):
-            rows |= race({piece.name: run}, device, repeats)
-            if piece is PIECES[0] and "OutOfMemory" in rows[piece.name].get("failed", ""):
-                rows |= _in_more_parts(policy, batch, device, repeats)
-            if "failed" in rows[piece.name]:
+            name, run, row = in_parts_that_fit(piece.name, piece.parts, policy, batch, device, repeats)
+            rows[name] = row
+            if "failed" in row:
                 continue
             run()
             found = gradient(policy)
         reference = found if reference is None else reference
-        rows[piece.name]["gradient_error"] = ((found - reference).norm() / reference.norm()).item()
+        row["gradient_error"] = ((found - reference).norm() / reference.norm()).item()
     half = make_rollout(WORKLOADS[work], SHAPES[shape]["vocab_size"], dead=0.5).to(device)
     alive = half.without_groups(half.dead_groups())
-    rows |= race({"half of the groups dead, skipped": step_of(policy, alive, 1)}, device, repeats)
+    name, _, row = in_parts_that_fit("half of the groups dead, skipped", 1, policy, alive, device, repeats)
+    rows[name] = row
     return {
         "rows": rows,
         "floor_ms": floor_ms(model, batch),
@@ -144,16 +143,17 @@ def measure(
     }
 
 
-def _in_more_parts(
-    policy: Policy, batch: RolloutBatch, device: torch.device, repeats: int
-) -> dict[str, dict[str, Any]]:
-    """Returns the row of the fewest parts that fit, of those that a slow layout may be cut into."""
-    for parts in (8, 16, 32):
-        name = f"padded, PEFT, torch head, {parts} parts"
-        row = race({name: step_of(policy, batch, parts)}, device, repeats)
-        if "failed" not in row[name]:
-            return row
-    return {}
+def in_parts_that_fit(
+    name: str, least: int, policy: Policy, batch: RolloutBatch, device: torch.device, repeats: int
+) -> tuple[str, Callable[[], None], dict[str, Any]]:
+    """Returns the row of the fewest parts, from `least` on, that fit into memory; its name tells if more."""
+    for parts in (least, *(n for n in (2, 4, 8, 16, 32) if n > least)):
+        label = name if parts == least else f"{name} (out of memory; in {parts})"
+        run = step_of(policy, batch, parts)
+        row = race({label: run}, device, repeats)[label]
+        if "OutOfMemory" not in row.get("failed", ""):
+            break
+    return label, run, row
 
 
 def show(result: dict[str, Any]) -> str:

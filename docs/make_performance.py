@@ -185,7 +185,8 @@ Reading: a small model on short batches waits for launches, so few large micro-b
 replays the decoder as CUDA graphs and takes the wait out (it is off in `auto`: the activations of a micro-batch stay allocated between steps, which the table does not
 count as peak). At 1.5B the GPU is busy without them. Compiled layers add nothing to the kernels here (an earlier run: 235 to 234 ms for a minute of warm-up).
 
-Against the targets: 8x at 0.5B, 5x at 1.5B, 5x on long completions (against the padded layout in 8 parts; in 4 it does not fit) and 12x on long prompts are
+Against the targets: 8x at 0.5B, 5x at 1.5B, 5x on long completions (against the padded layout in 8 parts; in 4 it does not fit, nor do the pieces between
+it and shared prompts in one, so that the gradients of that table are compared with the row of shared prompts) and 12x on long prompts are
 reached (9.5x, 8.3x, 7.5x, 13.7x at 0.5B and 12.5x at 1.5B), and so are 35 % of the floor rate at 0.5B (36 %) and 50 % at 1.5B (51 %).
 
 ## The LM head

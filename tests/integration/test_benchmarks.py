@@ -60,8 +60,8 @@ def test_a_shipped_config_on_random_weights(tmp_path):
     rows = [{"question": f"{i} + {i}?", "answer": str(2 * i)} for i in range(200)]
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
     command = [
-        *(sys.executable, str(ROOT / "benchmarks" / "bench_config.py"), "--small", "--shape", "tiny"),
-        *("--config", "configs/qwen.yaml", "--tokenizer", str(tmp_path / "tokenizer"), "--repeats", "3"),
+        *(sys.executable, str(ROOT / "benchmarks" / "bench_config.py"), "--shape", "tiny"),
+        *("--config", "configs/qwen.yaml", "--tokenizer", str(tmp_path / "tokenizer"), "--steps", "3"),
         *("--dataset", str(tmp_path / "rows.jsonl"), "--out", str(tmp_path), "--flags"),
         *("--rollout.engine", "grpo_lightning.rollout.HFEngine", "--trainer.accelerator", "cpu"),
         *("--trainer.precision", "32-true", "--rollout.sampling.max_tokens", "4"),
