@@ -6,6 +6,8 @@ Each side trains the same model on the same prompts with the same sizes, in a pr
 the other. A side ends at `--steps`, TRL after `--limit` seconds of training too; one that takes `--grace`
 seconds more is ended. The result is written after each side, with what a failed one had got to. TRL's
 settings are those its documentation names for one GPU. On a CPU TRL decodes with transformers.
+
+Several seeds can share a GPU where only what is learned counts: `--seed N --share 0.08`, one process each.
 """
 
 import argparse
@@ -56,7 +58,7 @@ def trl_options(config: dict[str, Any], job: dict[str, Any]) -> dict[str, Any]:
         "bf16": True,
         "use_vllm": True,
         "vllm_mode": "colocate",
-        "vllm_gpu_memory_utilization": engine.get("gpu_memory_utilization", 0.3),
+        "vllm_gpu_memory_utilization": job["share"] or engine.get("gpu_memory_utilization", 0.3),
         "vllm_max_model_length": config["data"].get("max_prompt_tokens", 512) + job["max_tokens"],
         "model_init_kwargs": {"dtype": "bfloat16"},
     }
@@ -82,7 +84,9 @@ def command_of(side: str, job: dict[str, Any], python: str, folder: Path, flags:
         *("--trainer.log_every_n_steps", "1", "--trainer.enable_checkpointing", "false"),
         *("--trainer.enable_progress_bar", "false", "--rollout.validation.before_training", "false"),
         *("--data.validation_split", "null", "--data.dataset", job["dataset"], "--data.subset", "null"),
+        *("--seed_everything", str(job["seed"])),
         *(*FLAGS[side], *flags),
+        *(("--rollout.engine.init_args.gpu_memory_utilization", str(job["share"])) if job["share"] else ()),
     ]
 
 
@@ -218,6 +222,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=150)
     parser.add_argument("--limit", type=float, default=200, help="seconds of training for each side")
     parser.add_argument("--grace", type=float, default=150, help="seconds for start and end of each side")
+    parser.add_argument("--seed", type=int, default=None, help="of both sides, instead of the config's")
+    parser.add_argument("--share", type=float, default=None, help="of the GPU for each engine")
     parser.add_argument("--flags", nargs=argparse.REMAINDER, default=[], help="of `grpo-lightning fit`; last")
     parser.add_argument("--out", type=Path, default=None)
     args = parser.parse_args()
@@ -225,7 +231,10 @@ def main() -> None:
     config = load_config(path)
     dataset = args.dataset and str(Path(args.dataset).resolve())
     job = job_of(path, args.steps, args.model, dataset)
-    job |= {"limit": args.limit, "trl": trl_options(config, job)}
+    job |= {"limit": args.limit, "share": args.share}
+    job |= {"seed": config["seed_everything"] if args.seed is None else args.seed}
+    job |= {"trl": trl_options(config, job)}
+    name = f"learning-{Path(args.config).stem}" + ("" if args.seed is None else f"-seed-{args.seed}")
     shown = {k: v for k, v in job.items() if k != "rows"}
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     sides: dict[str, dict[str, Any]] = {}
@@ -234,7 +243,7 @@ def main() -> None:
             print(f"{side} ...", flush=True)
             sides[side] = run(side, job, args, Path(scratch) / side)
             result = {"setting": setting(device), "job": shown, "flags": args.flags, "sides": sides}
-            written = save(f"learning-{Path(args.config).stem}", result, args.out)
+            written = save(name, result, args.out)
             if "failed" in sides[side]:
                 print(f"{side} failed: {sides[side]['failed']['exit']}\n{sides[side]['failed']['log']}")
     print(
@@ -252,9 +261,9 @@ def main() -> None:
         "correct by sixths of the run",
     )
     print(table(header, [row(name, r) for name, r in sides.items()]))
-    for name, r in sides.items():
+    for side, r in sides.items():
         if r.get("held_out"):
-            print(f"{name}: held-out accuracy by step", *(f"{step}: {x:.3f}" for step, x in r["held_out"]))
+            print(f"{side}: held-out accuracy by step", *(f"{step}: {x:.3f}" for step, x in r["held_out"]))
     print("\nmedian seconds of a step, by phase")
     print(table(("side", *PHASES), [phases(name, r) for name, r in sides.items()]))
 

@@ -77,7 +77,7 @@ def main(job_file: str) -> None:
         "logging_steps": 1,
         "save_strategy": "no",
         "report_to": "none",
-        "seed": 42,
+        "seed": job.get("seed", 42),
     }
     config = GRPOConfig(**options, **job.get("trl", {"use_cpu": True, "bf16": False}))
     began = time.perf_counter()

@@ -38,11 +38,11 @@ def test_learning(tmp_path):
             "--config",
             "configs/quickstart.yaml",
         ),
-        *("--model", model, "--sides", "HF", "--steps", "3", "--out", str(tmp_path)),
+        *("--model", model, "--sides", "HF", "--steps", "3", "--seed", "1", "--out", str(tmp_path)),
     ]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False, timeout=240)
     assert done.returncode == 0, done.stderr[-3000:]
-    (file,) = tmp_path.glob("learning-quickstart-*.json")
+    (file,) = tmp_path.glob("learning-quickstart-seed-1-*.json")
     side = json.loads(file.read_text())["sides"]["HF"]
     assert "failed" not in side, side["failed"]
     assert len(side["seconds"]) == len(side["correct"]) == len(side["reward"]) == 3
