@@ -149,7 +149,9 @@ def learning() -> None:
         return [i + 10 for i in tens], [sum(correct[i : i + 10]) / 10 for i in tens]
 
     fig, (left, right) = plt.subplots(1, 2, figsize=(11, 4))
-    runs = [json.loads(f.read_text())["sides"] for f in RESULTS.glob("learning-smollm2_arithmetic-seed-*.json")]
+    runs = [
+        json.loads(f.read_text())["sides"] for f in RESULTS.glob("learning-smollm2_arithmetic-seed-*.json")
+    ]
     runs.append(latest("learning-smollm2_arithmetic")["sides"])
     shared = min(len(r[side]["correct"]) for r in runs for side in ("ours", "TRL"))
     for side, colour in (("ours", "#47a"), ("TRL", "#c44")):

@@ -32,6 +32,8 @@ from grpo_lightning.rollout.weights import KINDS, adapter_of, all_weights, choos
 from grpo_lightning.samples import Completion, SamplingParams
 
 SLEEPS = ("auto", "weights", "kv_cache", "off")
+RESUME = "the last checkpoint is untouched: resume with --ckpt_path last"
+NOT_ALONE = "; vLLM measures the whole GPU: if another process uses it, set rollout.engine.sleep to 'off'"
 
 
 class VLLMEngine:
@@ -208,7 +210,7 @@ class VLLMEngine:
         """Gives memory back until the next `sync` or `generate`."""
         if self._llm is None or self._asleep or self.sleep_mode == "off":
             return
-        with process_kept(), _named("sleep"):
+        with process_kept(), _named("sleep", NOT_ALONE):
             if self.sleep_mode == "kv_cache":
                 self._llm.sleep(level=0)
                 self._llm.release_kv_cache_memory()
@@ -254,14 +256,11 @@ def _decoding(action: str) -> Iterator[None]:
 
 
 @contextmanager
-def _named(action: str) -> Iterator[None]:
+def _named(action: str, remedy: str = "") -> Iterator[None]:
     """Turns whatever vLLM raises into an EngineError."""
     try:
         yield
     except (EngineError, ConfigError, KeyboardInterrupt):
         raise
     except Exception as e:
-        raise EngineError(
-            f"vLLM could not {action}: {type(e).__name__}: {e}; the last checkpoint is untouched: resume "
-            "with --ckpt_path last"
-        ) from e
+        raise EngineError(f"vLLM could not {action}: {type(e).__name__}: {e}; {RESUME}{remedy}") from e

@@ -177,7 +177,14 @@ def test_an_engine_that_cannot_be_woken_is_closed_all_the_same(folder, monkeypat
         raise RuntimeError("no memory left")
 
     engine = start(make_policy(folder), folder, sync="merge")
-    engine._asleep = True  # on a CPU nothing sleeps
+    engine.sleep_mode = "weights"  # on a CPU nothing sleeps
+    monkeypatch.setattr(engine._llm, "sleep", fails)
+    with pytest.raises(
+        EngineError, match=r"could not sleep: .*memory left; .*--ckpt_path last; .*sleep to 'off'"
+    ):
+        engine.sleep()
+    assert not engine._asleep
+    engine._asleep = True
     monkeypatch.setattr(engine._llm, "wake_up", fails)
     with pytest.warns(UserWarning, match="closed asleep: vLLM could not wake up: RuntimeError: no memory"):
         engine.close()
