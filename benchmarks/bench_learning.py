@@ -7,7 +7,8 @@ the other. A side ends at `--steps`, TRL after `--limit` seconds of training too
 seconds more is ended. The result is written after each side, with what a failed one had got to. TRL's
 settings are those its documentation names for one GPU. On a CPU TRL decodes with transformers.
 
-Several seeds can share a GPU where only what is learned counts: `--seed N --share 0.08`, one process each.
+`--seed N` runs both sides with another seed. One command at a time: engines that start on one GPU at the same
+moment disturb each other's measurement of its memory.
 """
 
 import argparse
