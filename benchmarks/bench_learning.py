@@ -85,9 +85,9 @@ def command_of(side: str, job: dict[str, Any], python: str, folder: Path, flags:
         *("--trainer.log_every_n_steps", "1", "--trainer.enable_checkpointing", "false"),
         *("--trainer.enable_progress_bar", "false", "--rollout.validation.before_training", "false"),
         *("--data.validation_split", "null", "--data.dataset", job["dataset"], "--data.subset", "null"),
-        *("--seed_everything", str(job["seed"])),
-        *(*FLAGS[side], *flags),
+        *("--seed_everything", str(job["seed"]), *FLAGS[side]),
         *(("--rollout.engine.init_args.gpu_memory_utilization", str(job["share"])) if job["share"] else ()),
+        *flags,
     ]
 
 
@@ -231,10 +231,10 @@ def main() -> None:
     path = str(Path(args.config).resolve())
     config = load_config(path)
     dataset = args.dataset and str(Path(args.dataset).resolve())
+    seed = config["seed_everything"] if args.seed is None else args.seed
     job = job_of(path, args.steps, args.model, dataset)
-    job |= {"limit": args.limit, "share": args.share}
-    job |= {"seed": config["seed_everything"] if args.seed is None else args.seed}
-    job |= {"trl": trl_options(config, job)}
+    job |= {"limit": args.limit, "share": args.share, "seed": seed}
+    job["trl"] = trl_options(config, job)
     name = f"learning-{Path(args.config).stem}" + ("" if args.seed is None else f"-seed-{args.seed}")
     shown = {k: v for k, v in job.items() if k != "rows"}
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

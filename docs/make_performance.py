@@ -14,11 +14,6 @@ def latest(name: str) -> dict[str, Any]:
     return json.loads(sorted(RESULTS.glob(f"{name}-20*.json"))[-1].read_text())
 
 
-def day(name: str) -> str:
-    """Returns the date of a benchmark's newest result."""
-    return latest(name)["setting"]["date"]
-
-
 def table(header: tuple[str, ...], rows: list[list[str]]) -> str:
     lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
     return "\n".join(lines + ["| " + " | ".join(r) + " |" for r in rows])
@@ -199,7 +194,7 @@ replays the decoder as CUDA graphs and takes the wait out (it is off in `auto`: 
 count as peak). At 1.5B the GPU is busy without them. Compiled layers add nothing to the kernels here (an earlier run: 235 to 234 ms for a minute of warm-up).
 
 Against the targets: 8x at 0.5B, 5x at 1.5B, 5x on long completions (against the padded layout in 8 parts; in 4 it does not fit; each other row of that table
-is cut into the fewest parts that fit, and says so; {day("step-0.5B-long")}) and 12x on long prompts are
+is cut into the fewest parts that fit, and says so; {latest("step-0.5B-long")["setting"]["date"]}) and 12x on long prompts are
 reached (9.5x, 8.3x, 7.5x, 13.7x at 0.5B and 12.5x at 1.5B), and so are 35 % of the floor rate at 0.5B (36 %) and 50 % at 1.5B (51 %).
 
 ## The LM head

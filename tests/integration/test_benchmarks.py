@@ -43,7 +43,9 @@ def test_learning(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False, timeout=240)
     assert done.returncode == 0, done.stderr[-3000:]
     (file,) = tmp_path.glob("learning-quickstart-seed-1-*.json")
-    side = json.loads(file.read_text())["sides"]["HF"]
+    result = json.loads(file.read_text())
+    assert result["job"]["seed"] == 1
+    side = result["sides"]["HF"]
     assert "failed" not in side, side["failed"]
     assert len(side["seconds"]) == len(side["correct"]) == len(side["reward"]) == 3
     assert 0 < side["start_s"] < side["wall_s"]
