@@ -258,8 +258,11 @@ class RolloutCallback(Callback):
     ) -> Rollout:
         """Synchronises lazily, then collects; a policy's version is its number of optimizer steps."""
         version = trainer.global_step
+        moved = self.engine.policy_version != version
         took = synchronised(trainer, self.engine, module.policy, version)
-        return collector.collect(prompts, version, trainer_state(trainer), {"sync": took})
+        rollout = collector.collect(prompts, version, trainer_state(trainer), {"sync": took})
+        arrived = getattr(self.engine, "sync_metrics", {}) if moved else {}
+        return replace(rollout, stats=rollout.stats | {k: mean_of([v]) for k, v in arrived.items()})
 
     def evaluate(self, trainer: pl.Trainer, module: Any, batch: PromptBatch) -> Rollout:
         """Returns a rollout with the sampling of validation; training state is left as it is."""

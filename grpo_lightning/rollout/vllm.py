@@ -15,23 +15,30 @@ from grpo_lightning.policy import Policy
 from grpo_lightning.rollout.engine import EngineContext, Request
 from grpo_lightning.rollout.process_guard import process_kept, random_kept
 from grpo_lightning.rollout.session import Session
+from grpo_lightning.rollout.shared_base import SharedBase, offered
+from grpo_lightning.rollout.update_share import UpdateShare
 from grpo_lightning.rollout.vllm_compat import (
-    Slot,
     check_version,
     fused_modules,
     import_vllm,
     installed,
-    lora_request,
-    put_adapter,
     put_weights,
     shut_down,
 )
 from grpo_lightning.rollout.vllm_options import engine_arguments, request_parameters
 from grpo_lightning.rollout.vllm_session import VLLMSession
-from grpo_lightning.rollout.weights import KINDS, adapter_of, all_weights, choose_kind, merged_weights
+from grpo_lightning.rollout.weights import (
+    KINDS,
+    adapter_of,
+    all_weights,
+    beside_adapter,
+    choose_kind,
+    merged_weights,
+)
 from grpo_lightning.samples import Completion, SamplingParams
 
 SLEEPS = ("auto", "weights", "kv_cache", "off")
+SHARES = ("auto", "on", "off")
 RESUME = "the last checkpoint is untouched: resume with --ckpt_path last"
 NOT_ALONE = "; vLLM measures the whole GPU: if another process uses it, set rollout.engine.sleep to 'off'"
 
@@ -40,9 +47,9 @@ class VLLMEngine:
     """vLLM in the trainer's process: token ids in, token ids and their log-probabilities out.
 
     Args:
-        sync: how weights get there. `adapter` pushes the LoRA tensors into the engine's slot, `merge` writes
-            the base with the adapter added in fp32, `full` writes all weights; `auto` takes full without
-            LoRA, adapter on a 4-bit base, else merge.
+        sync: how weights get there. `adapter` writes the LoRA tensors into the engine's linear layers,
+            `merge` the base with the adapter added and rounded to the engine's type, in which small updates
+            vanish, `full` all weights; `auto` takes adapter with LoRA, else full.
         gpu_memory_utilization: share of the GPU's memory for weights and KV cache of the engine.
         kv_cache_memory_bytes: size of the KV cache; null takes what the share above leaves, and on a CPU what
             `max_num_seqs` completions need.
@@ -51,12 +58,14 @@ class VLLMEngine:
         sleep: what the engine gives back while the trainer works: `weights` (and the KV cache), `kv_cache`
             alone (vLLM 0.31 and later), `off`; `auto` or true takes kv_cache where it is to be had, else
             weights, and off on a CPU.
+        share_base: keep one copy of the frozen base for trainer and engine. `auto` does so on a GPU with sync
+            `adapter`, where the engine's weights stay in place (sleep `off` or `kv_cache`); `on` needs that.
         enforce_eager: no compilation and no CUDA graphs: starts in seconds, decodes slower. null is true on a
             CPU, false on a GPU.
         allow_mismatch: sample from an unquantised base for a trainer in 4 bit. Two different policies (0.5
             nats apart on a small model), so model.loss.correction has to be on.
         engine_kwargs: further arguments of vllm.LLM, e.g. {max_num_batched_tokens: 16384}; what its
-            compilation_config says goes before ours, which compiles nothing unless sync is `adapter`.
+            compilation_config says goes before ours, which compiles nothing.
 
     Raises:
         ConfigError: vLLM is not installed, or of a version that is not supported.
@@ -70,6 +79,7 @@ class VLLMEngine:
         max_model_len: int | None = None,
         max_num_seqs: int = 256,
         sleep: str | bool = "auto",
+        share_base: str | bool = "auto",
         enforce_eager: bool | None = None,
         allow_mismatch: bool = False,
         engine_kwargs: dict[str, Any] | None = None,
@@ -91,6 +101,11 @@ class VLLMEngine:
             raise ConfigError(f"rollout.engine.sleep is {choices(sleep, SLEEPS)}")
         if sync not in KINDS:
             raise ConfigError(f"rollout.engine.sync is {choices(sync, KINDS)}")
+        if isinstance(share_base, bool):  # what YAML makes of an unquoted on or off
+            share_base = "on" if share_base else "off"
+        if share_base not in SHARES:
+            raise ConfigError(f"rollout.engine.share_base is {choices(share_base, SHARES)}")
+        self.share_base = share_base
         self.sync_kind, self.sleep_mode = sync, sleep
         self.gpu_memory_utilization, self.kv_cache_memory_bytes = (
             gpu_memory_utilization,
@@ -103,11 +118,14 @@ class VLLMEngine:
         self.exact = not allow_mismatch
         self._llm: Any = None
         self._asleep = False
-        self._slot: Slot | None = None
         self._stop_ids: list[int] = []
         self._vocabulary = 0
         self._longest = 0
         self._dtype = torch.float32
+        self._base: SharedBase | None = None
+        self._share: UpdateShare | None = None
+        self.sync_metrics: dict[str, float] = {}
+        """of the latest sync, logged by the rollout"""
 
     def start(self, context: EngineContext) -> None:
         """Loads the model into vLLM; the process is left as it was.
@@ -118,29 +136,51 @@ class VLLMEngine:
         """
         policy = context.policy
         self.sync_kind = choose_kind(policy, self.sync_kind)
+        self.sleep_mode = self._sleep_that_fits(policy)
         arguments = engine_arguments(self, context)
         self._dtype = getattr(torch, arguments["dtype"])
         self._stop_ids, self._vocabulary = policy.eos_ids, policy.causal.config.get_text_config().vocab_size
         self._had_group = torch.distributed.is_initialized()
+        self._base = SharedBase.of(policy) if self._shares_base(policy) else None
+        self._share = UpdateShare.of(policy, self.sync_kind, self._dtype)
         began = perf_counter()
         rank_zero_info(f"starting vLLM ({self.sync_kind} sync) ...")
-        with process_kept(), _named("start"):
+        with process_kept(), _named("start"), offered(self._base):
             self._llm = import_vllm().LLM(**arguments)
         self._longest = self._llm.llm_engine.model_config.max_model_len
-        self.sleep_mode = self._sleep_that_fits(policy)
-        rank_zero_info(f"vLLM is up after {perf_counter() - began:.1f} s; sleep: {self.sleep_mode}")
+        rank_zero_info(
+            f"vLLM is up after {perf_counter() - began:.1f} s; sleep: {self.sleep_mode}; "
+            + ("a base of its own" if self._base is None else self._base.report)
+        )
+        if self.share_base == "on" and self._base is not None and not self._base.taken:
+            raise ConfigError(
+                "rollout.engine.share_base is on, but no weight of the engine equals the trainer's: they are "
+                "of different types, or not laid out alike; take auto or off"
+            )
 
     def _sleep_that_fits(self, policy: Policy) -> str:
-        has_kv = hasattr(self._llm, "release_kv_cache_memory")
+        has_kv = hasattr(import_vllm().LLM, "release_kv_cache_memory")
         if policy.causal.device.type == "cpu":
             return "off"
         if self.sleep_mode == "auto":
-            return "kv_cache" if has_kv else "weights"
+            stays = "kv_cache" if has_kv else "off"
+            return stays if has_kv or self.share_base == "on" else "weights"
         if self.sleep_mode == "kv_cache" and not has_kv:
             raise ConfigError(
                 "rollout.engine.sleep is 'kv_cache', which needs vLLM 0.31 or later; take 'weights' or 'auto'"
             )
         return self.sleep_mode
+
+    def _shares_base(self, policy: Policy) -> bool:
+        obstacles = {
+            "rollout.engine.sync writes into the engine's weights; take adapter": self.sync_kind != "adapter",
+            "sleep moves the engine's weights away; take kv_cache or off": self.sleep_mode == "weights",
+            "vLLM repacks its weights on a CPU; take auto or off": policy.causal.device.type == "cpu",
+        }
+        found = next((reason for reason, holds in obstacles.items() if holds), None)
+        if self.share_base == "on" and found is not None:
+            raise ConfigError(f"rollout.engine.share_base is on, but {found}")
+        return self.share_base != "off" and found is None
 
     def sync(self, policy: Policy, version: int) -> None:
         """Makes the engine serve the weights of `policy`, and forgets what it has cached of older ones.
@@ -150,20 +190,20 @@ class VLLMEngine:
         """
         llm = self._awake()
         with process_kept(), _named("take the weights"), torch.no_grad():
+            (fused,) = llm.collective_rpc(fused_modules)
             if self.sync_kind == "adapter":
-                sent = adapter_of(policy)
-                slot, self._slot = self._slot, None  # found anew after an error
-                (self._slot,) = llm.collective_rpc(put_adapter, args=(sent.tensors, sent.config, slot))
+                from grpo_lightning.rollout.vllm_adapter import put_adapter
+
+                llm.collective_rpc(put_adapter, args=(adapter_of(policy),))
+                source = beside_adapter(policy, self._dtype, fused, first=self.policy_version < 0)
+            elif self.sync_kind == "merge":
+                source = merged_weights(policy, self._dtype, fused)
             else:
-                (fused,) = llm.collective_rpc(fused_modules)
-                source = (
-                    all_weights(policy, self._dtype)
-                    if self.sync_kind == "full"
-                    else merged_weights(policy, self._dtype, fused)
-                )
-                llm.collective_rpc(put_weights, args=(source,))
+                source = all_weights(policy, self._dtype)
+            llm.collective_rpc(put_weights, args=(source,))
             if not llm.reset_prefix_cache():
                 raise EngineError("vLLM kept cached prefixes of the old policy: requests are still running")
+            self.sync_metrics = self._share.metrics() if self._share is not None else {}
         self.policy_version = version
 
     def generate(self, requests: Sequence[Request], sampling: SamplingParams) -> list[list[Completion]]:
@@ -188,9 +228,8 @@ class VLLMEngine:
         llm = self._awake()
         if self.policy_version < 0:
             raise EngineError("VLLMEngine has no policy yet: call sync(policy, version) before generate")
-        adapter = lora_request(self.policy_version) if self.sync_kind == "adapter" else None
         parameters = partial(request_parameters, sampling, stop_ids=self._stop_ids)
-        return VLLMSession(llm, parameters, adapter, partial(self._check, sampling=sampling), _decoding)
+        return VLLMSession(llm, parameters, partial(self._check, sampling=sampling), _decoding)
 
     def _check(self, request: Request, sampling: SamplingParams) -> None:
         """Raises EngineError for a prompt that vLLM would refuse without saying which."""
@@ -239,7 +278,7 @@ class VLLMEngine:
                 self._awake()
             except EngineError as e:
                 rank_zero_warn(f"vLLM is closed asleep: {e}")
-        llm, self._llm, self._slot = self._llm, None, None
+        llm, self._llm = self._llm, None
         with process_kept():
             shut_down(llm, keep_process_group=self._had_group)
             del llm

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any
 from grpo_lightning.errors import ConfigError
 from grpo_lightning.policy import Policy
 from grpo_lightning.rollout.engine import EngineContext
-from grpo_lightning.rollout.vllm_compat import import_vllm, slot_rank
-from grpo_lightning.rollout.weights import is_quantized
+from grpo_lightning.rollout.vllm_compat import import_vllm
+from grpo_lightning.rollout.weights import adapter_ranks, is_quantized
 from grpo_lightning.samples import SamplingParams
 
 if TYPE_CHECKING:
@@ -17,6 +17,7 @@ GRAPH_SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 192, 256, 384, 512)
 """batch sizes that CUDA graphs are captured for; vLLM's own list has 51 and takes 20 s"""
 DECODE_GRAPHS = {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"}
 """nothing compiled, decoding as CUDA graphs: 23 s less to start at 135M, decoding as fast"""
+ADAPTER_WORKER = "grpo_lightning.rollout.vllm_adapter.AdapterWorker"
 CPU_BLOCK = 32
 """tokens of a KV block; vLLM's CPU attention takes multiples of it"""
 
@@ -44,7 +45,7 @@ def engine_arguments(engine: "VLLMEngine", context: EngineContext) -> dict[str, 
         "revision": context.model_kwargs.get("revision"),
         "trust_remote_code": bool(context.model_kwargs.get("trust_remote_code", False)),
         **_quantization(engine, context),
-        **_adapter_slot(engine, policy),
+        **_adapter(engine, policy),
         **(_on_cpu if on_cpu else _on_gpu)(engine, context),
     }
     if context.world_size > 1:
@@ -99,16 +100,16 @@ def _quantization(engine: "VLLMEngine", context: EngineContext) -> dict[str, Any
     return {"quantization": "bitsandbytes"}
 
 
-def _adapter_slot(engine: "VLLMEngine", policy: Policy) -> dict[str, Any]:
+def _adapter(engine: "VLLMEngine", policy: Policy) -> dict[str, Any]:
+    """Returns what gives the model room for the adapter before its graphs are captured."""
     if engine.sync_kind != "adapter":
         return {}
-    rank = policy.model.peft_config["default"].r  # pyright: ignore
-    return {"enable_lora": True, "max_loras": 1, "max_lora_rank": slot_rank(rank)}
+    return {"worker_cls": ADAPTER_WORKER, "additional_config": {"adapter": adapter_ranks(policy)}}
 
 
 def _on_gpu(engine: "VLLMEngine", context: EngineContext) -> dict[str, Any]:
     sizes = [n for n in GRAPH_SIZES if n < engine.max_num_seqs] + [engine.max_num_seqs]
-    graphs = {"cudagraph_capture_sizes": sizes, **({} if engine.sync_kind == "adapter" else DECODE_GRAPHS)}
+    graphs = {"cudagraph_capture_sizes": sizes, **DECODE_GRAPHS}
     return {
         "gpu_memory_utilization": engine.gpu_memory_utilization,
         "kv_cache_memory_bytes": engine.kv_cache_memory_bytes,

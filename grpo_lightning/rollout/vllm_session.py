@@ -15,7 +15,6 @@ class VLLMSession:
     Args:
         llm: `vllm.LLM`; steps until the first group has ended, each time it is asked.
         parameters: from seeds to vLLM's sampling parameters, one per seed.
-        adapter: vLLM's LoRARequest, or None.
         check: raises EngineError for a request that vLLM would refuse.
         guarded: what surrounds its work, by name: keeps random states, turns errors into EngineError.
     """
@@ -24,11 +23,10 @@ class VLLMSession:
         self,
         llm: Any,
         parameters: Callable[[Sequence[int]], list[Any]],
-        adapter: Any,
         check: Callable[[Request], None],
         guarded: Callable[[str], AbstractContextManager[None]],
     ) -> None:
-        self._engine, self._adapter = llm.llm_engine, adapter
+        self._engine = llm.llm_engine
         self._parameters, self._check, self._guarded = parameters, check, guarded
         self._places: dict[str, tuple[int, int]] = {}
         self._groups: list[tuple[Request, list[Completion | None]]] = []
@@ -51,7 +49,7 @@ class VLLMSession:
                     name = f"{id(self)}-{group}-{i}"
                     self._places[name] = (group, i)
                     prompt = {"prompt_token_ids": request.prompt_ids}
-                    self._engine.add_request(name, prompt, parameters, lora_request=self._adapter)
+                    self._engine.add_request(name, prompt, parameters)
 
     def step(self) -> list[Ended]:
         """Decodes until a group has ended; returns those that have."""

@@ -6,8 +6,7 @@ it.
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -27,37 +26,31 @@ SENT = re.compile(r"\.(lora_[AB]|lora_magnitude_vector)\.default\.weight$|\.modu
 """names of what trains beside a frozen base and reaches an engine"""
 
 
-@dataclass(frozen=True, slots=True)
-class Adapter:
-    """A LoRA adapter: peft's tensors without the adapter's name, and its config."""
+class AdaptedModule(NamedTuple):
+    """What trains of one adapted linear layer."""
 
-    tensors: dict[str, Tensor]
-    config: dict[str, Any]
+    a: Tensor  # [r, K]
+    b: Tensor  # [O, r]
+    rows: Tensor | None = None  # [O] fp32; DoRA scales each output by its magnitude over its norm
 
 
 def choose_kind(policy: Policy, asked: str) -> str:
     """Returns how weights reach the engine: `adapter`, `merge` or `full`.
 
-    `auto` merges into an unquantised base, where decoding then runs at full speed, and sends the adapter to
-    one in 4 bit, which has no exact merge.
+    `auto` sends the adapter of a policy that has one: a merge rounds small updates away.
 
     Raises:
         ConfigError: the policy cannot be sent that way; names why, and the way that works.
     """
     if asked not in KINDS:
         raise ConfigError(f"rollout.engine.sync is {choices(asked, KINDS)}")
-    quantized = is_quantized(policy)
-    default = "full" if not policy.is_lora else "adapter" if quantized else "merge"
-    kind = default if asked == "auto" else asked
+    kind = ("adapter" if policy.is_lora else "full") if asked == "auto" else asked
+    all_train = None if policy.is_lora else "model.lora is null: all weights train"
     reasons: Mapping[str, str | None] = {
-        "adapter": "model.lora is null: all weights train" if not policy.is_lora else why_no_adapter(policy),
-        "merge": (
-            "model.lora is null: all weights train"
-            if not policy.is_lora
-            else "the base is in 4 bit, and a merge would round it again"
-            if quantized
-            else why_no_merge(policy)
-        ),
+        "adapter": all_train or why_not_sent(policy),
+        "merge": all_train
+        or ("the base is in 4 bit, and a merge would round it again" if is_quantized(policy) else None)
+        or why_not_sent(policy),
         "full": "only an adapter trains, the base never changes" if policy.is_lora else None,
     }
     if reasons[kind] is None:
@@ -72,39 +65,26 @@ def is_quantized(policy: Policy) -> bool:
     return getattr(policy.causal.config, "quantization_config", None) is not None
 
 
-def why_no_adapter(policy: Policy) -> str | None:
-    """Returns what vLLM's LoRA slots cannot hold of this adapter, or None."""
-    config: Any = policy.model.peft_config["default"]  # pyright: ignore
-    cases = {
-        "use_dora": config.use_dora,
-        "modules_to_save": bool(config.modules_to_save),
-        "rank_pattern": bool(config.rank_pattern),
-        "alpha_pattern": bool(config.alpha_pattern),
-        "layer_replication": bool(config.layer_replication),
-        "target_parameters": bool(getattr(config, "target_parameters", None)),
-        "init_lora_weights": config.init_lora_weights not in PLAIN_INITS,
-    }
-    found = next((name for name, holds in cases.items() if holds), None)
-    if found is not None:
-        return f"vLLM's adapters have no model.lora.{found} ({getattr(config, found)!r})"
-    return _not_sent(policy)
+def why_not_sent(policy: Policy) -> str | None:
+    """Returns what of this adapter no engine is sent, or None."""
+    from peft.tuners.lora import LoraLayer
 
-
-def why_no_merge(policy: Policy) -> str | None:
-    """Returns what of this adapter `merged_weights` does not compute, or None."""
     config: Any = policy.model.peft_config["default"]  # pyright: ignore
-    if getattr(config, "target_parameters", None):
-        return f"it covers no model.lora.target_parameters ({config.target_parameters!r})"
+    for name in ("target_parameters", "layer_replication"):
+        if getattr(config, name, None):
+            return f"no engine is sent model.lora.{name} ({getattr(config, name)!r})"
+    if is_quantized(policy) and (config.use_dora or config.init_lora_weights not in PLAIN_INITS):
+        key = "use_dora" if config.use_dora else "init_lora_weights"
+        return f"model.lora.{key} ({getattr(config, key)!r}) needs an unquantised base"
+    if _unties(policy):
+        return (
+            "embedding and head are one tensor in the checkpoint, and so in the engine, but not any more: "
+            f"model.lora.modules_to_save is {config.modules_to_save!r}"
+        )
     for name, layer in lora_layers(policy):
         variant = layer.lora_variant.get("default")
         if variant is not None and not layer.use_dora["default"]:
             return f"{name} computes {type(variant).__name__}"
-    return _not_sent(policy)
-
-
-def _not_sent(policy: Policy) -> str | None:
-    from peft.tuners.lora import LoraLayer
-
     for name, module in policy.causal.named_modules():
         if isinstance(module, LoraLayer) and not module.lora_A:
             return f"{name} is a {type(module).__name__}; only linear layers are sent"
@@ -116,6 +96,13 @@ def _not_sent(policy: Policy) -> str | None:
         ),
         None,
     )
+
+
+def _unties(policy: Policy) -> bool:
+    """Returns whether a head that is its model's embedding has got weights of its own."""
+    ends = policy.causal.get_input_embeddings(), policy.causal.get_output_embeddings()
+    tied = getattr(policy.causal.config.get_text_config(), "tie_word_embeddings", False)
+    return tied and len({m.weight.data_ptr() for m in ends}) > 1
 
 
 def lora_layers(policy: Policy) -> Iterator[tuple[str, Any]]:
@@ -144,19 +131,44 @@ def _adapted(policy: Policy) -> Iterator[tuple[str, nn.Module]]:
     return walk("", policy.causal)
 
 
-def adapter_of(policy: Policy) -> Adapter:
-    """Returns the adapter by the names peft saves it under; the tensors are the policy's own.
-
-    Only of policies that `why_no_adapter` finds nothing against.
-    """
-    tensors = {
-        f"base_model.model.{name}.{part}.weight": getattr(layer, part)["default"].weight
+def adapter_ranks(policy: Policy) -> dict[str, tuple[int, float, bool]]:
+    """Returns rank, scaling and whether outputs are scaled (DoRA) of each adapted layer, by its name."""
+    return {
+        name: (layer.r["default"], float(layer.scaling["default"]), bool(layer.use_dora.get("default")))
         for name, layer in lora_layers(policy)
-        for part in ("lora_A", "lora_B")
     }
-    config = policy.model.peft_config["default"].to_dict()  # pyright: ignore
-    targets = config["target_modules"]
-    return Adapter(tensors, {**config, "target_modules": targets if isinstance(targets, str) else [*targets]})
+
+
+def adapter_of(policy: Policy) -> dict[str, AdaptedModule]:
+    """Returns what trains of each adapted layer, by its name; A and B are the policy's own tensors."""
+    return {
+        name: AdaptedModule(
+            layer.lora_A["default"].weight.detach(),
+            layer.lora_B["default"].weight.detach(),
+            _row_scales(layer) if layer.use_dora.get("default") else None,
+        )
+        for name, layer in lora_layers(policy)
+    }
+
+
+def beside_adapter(
+    policy: Policy, dtype: torch.dtype, fused: Mapping[str, list[str]] | None, first: bool
+) -> Iterator[Named]:
+    """Yields what an engine with the adapter holds otherwise than it loaded: (name, weight), often nothing.
+
+    Modules that train as a whole (`modules_to_save`), and before the `first` rollout the base where making
+    the adapter has changed it (PiSSA). Arguments as of `merged_weights`.
+    """
+    from peft.tuners.lora import LoraLayer
+
+    touched = dict(_adapted(policy))
+    config: Any = policy.model.peft_config["default"]  # pyright: ignore
+    base_too = first and config.init_lora_weights not in PLAIN_INITS
+    names = [name for name, module in touched.items() if base_too or not isinstance(module, LoraLayer)]
+    for name, module in _modules(policy, touched, names, fused):
+        source = module.get_base_layer() if isinstance(module, LoraLayer) else module
+        for leaf, value in _as_trained(source, whole=True):
+            yield f"{name}.{leaf}", value.to(dtype)
 
 
 def merged_weights(
@@ -176,13 +188,23 @@ def merged_weights(
         plain = {name: module for name, module in touched.items() if _is_plain(module)}
         yield from _merged_together(plain, dtype)
         touched = {name: module for name, module in touched.items() if name not in plain}
-    for name in touched if fused is None else _with_siblings(touched, fused):
-        try:
-            module = touched[name] if name in touched else policy.causal.get_submodule(name)
-        except AttributeError:  # an architecture without this part
-            continue
+    for name, module in _modules(policy, touched, touched, fused):
         for leaf, value in _as_trained(module, whole=fused is not None):
             yield f"{name}.{leaf}", value.to(dtype)
+
+
+def _modules(
+    policy: Policy,
+    touched: Mapping[str, nn.Module],
+    names: Iterable[str],
+    fused: Mapping[str, list[str]] | None,
+) -> Iterator[tuple[str, nn.Module]]:
+    """Yields the modules `names`, and with `fused` the other parts of their stacks."""
+    for name in names if fused is None else _with_siblings(names, fused):
+        try:
+            yield name, touched[name] if name in touched else policy.causal.get_submodule(name)
+        except AttributeError:  # an architecture without this part
+            continue
 
 
 def _is_plain(module: Any) -> bool:
@@ -240,19 +262,31 @@ def _as_trained(module: nn.Module, whole: bool) -> Iterator[Named]:
         yield leaf, p.detach()
 
 
-@torch.no_grad()
-def merged_weight(layer: Any) -> Tensor:
-    """Returns the fp32 weight [O, K] that an adapted linear layer stands for; DoRA's is rescaled by row."""
+def _plain_merge(layer: Any) -> Tensor:
     base = layer.get_base_layer().weight
     a, b = layer.lora_A["default"].weight.float(), layer.lora_B["default"].weight.float()
     product = (a.T, b.T) if layer.fan_in_fan_out else (b, a)
-    weight = base.to(torch.float32, copy=True).addmm_(*product, alpha=layer.scaling["default"])
+    return base.to(torch.float32, copy=True).addmm_(*product, alpha=layer.scaling["default"])
+
+
+@torch.no_grad()
+def merged_weight(layer: Any) -> Tensor:
+    """Returns the fp32 weight [O, K] that an adapted linear layer stands for; DoRA's is rescaled by row."""
+    weight = _plain_merge(layer)
     if not layer.use_dora.get("default"):
         return weight
-    magnitude = layer.lora_magnitude_vector["default"].weight.float()  # per output
     outputs = weight.T if layer.fan_in_fan_out else weight
-    outputs = outputs * (magnitude / outputs.norm(dim=1))[:, None]
+    outputs = outputs * _row_scales(layer, outputs)[:, None]
     return outputs.T if layer.fan_in_fan_out else outputs
+
+
+@torch.no_grad()
+def _row_scales(layer: Any, outputs: Tensor | None = None) -> Tensor:
+    """Returns DoRA's magnitudes over the norms of the merged rows, [O] fp32."""
+    if outputs is None:
+        weight = _plain_merge(layer)
+        outputs = weight.T if layer.fan_in_fan_out else weight
+    return layer.lora_magnitude_vector["default"].weight.float() / outputs.norm(dim=1)
 
 
 def all_weights(policy: Policy, dtype: torch.dtype) -> Iterator[Named]:

@@ -17,21 +17,18 @@ from grpo_lightning.samples import SamplingParams
 pytestmark = pytest.mark.vllm
 
 
-KINDS = {
-    "adapter": ("adapter", {}),
-    "rslora as adapter": ("adapter", {"use_rslora": True}),
-    "adapter on some modules": ("adapter", {"target_modules": ["q_proj", "down_proj"]}),
-    "merge": ("merge", {}),
-    "merge of some modules": ("merge", {"target_modules": ["k_proj", "up_proj"]}),
-    "merge of DoRA": ("merge", {"use_dora": True}),
-    "merge of a pattern": ("merge", {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"o_proj": 1}}),
-    "merge of PiSSA": ("merge", {"init_lora_weights": "pissa"}),
-    "merge with whole modules": (
-        "merge",
-        {"target_modules": ["q_proj"], "modules_to_save": ["input_layernorm"]},
-    ),
-    "full": ("full", {"r": 0}),
+ADAPTERS = {
+    "plain": {},
+    "rslora": {"use_rslora": True},
+    "some modules": {"target_modules": ["q_proj", "down_proj"]},
+    "parts of stacks": {"target_modules": ["k_proj", "up_proj"]},
+    "DoRA": {"use_dora": True},
+    "patterns": {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"o_proj": 1, "k_proj": 3}},
+    "PiSSA": {"init_lora_weights": "pissa"},
+    "whole modules": {"target_modules": ["q_proj"], "modules_to_save": ["input_layernorm"]},
 }
+KINDS = {f"{kind}: {name}": (kind, lora) for name, lora in ADAPTERS.items() for kind in ("adapter", "merge")}
+KINDS["full"] = "full", {"r": 0}
 
 
 @pytest.mark.parametrize("name", KINDS)
@@ -156,16 +153,16 @@ def test_a_regex_holds(folder):
 
 
 def test_what_cannot_start_says_why(folder):
-    policy = make_policy(folder, use_dora=True)
-    with pytest.raises(ConfigError, match=r"sync 'adapter' .*use_dora.*take merge"):
-        start(policy, folder, sync="adapter")
     plain = make_policy(folder)
+    with pytest.raises(ConfigError, match=r"share_base is on, but vLLM repacks its weights on a CPU"):
+        start(plain, folder, share_base="on")
+    untied = make_policy(folder, modules_to_save=["lm_head"])
+    with pytest.raises(ConfigError, match=r"embedding and head are one tensor .* model.lora.modules_to_save"):
+        start(untied, folder)
     with pytest.raises(ConfigError, match=r"max_model_len is 32, .* make 64"):
         start(plain, folder, max_model_len=32)
     with pytest.raises(ConfigError, match="engine_kwargs sets seed"):
         start(plain, folder, engine_kwargs={"seed": 4})
-    with pytest.raises(ConfigError, match=r"slots hold at most 512"):
-        start(make_policy(folder, r=520), folder, sync="adapter")
     with pytest.raises(ConfigError, match=r"sync is 'adaptor' \(did you mean 'adapter'"):
         VLLMEngine(sync="adaptor")
     with pytest.raises(EngineError, match="could not start"):

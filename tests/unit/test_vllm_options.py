@@ -28,7 +28,10 @@ def test_decoding_is_captured_and_nothing_compiled(monkeypatch):
     config = arguments(monkeypatch)["compilation_config"]
     assert config["cudagraph_capture_sizes"] == [1, 2, 4, 8, 16, 32, 64, 100]
     assert (config["mode"], config["cudagraph_mode"]) == (0, "FULL_DECODE_ONLY")
-    assert "mode" not in arguments(monkeypatch, "adapter")["compilation_config"]
+    monkeypatch.setattr(vllm_options, "adapter_ranks", lambda policy: {"q_proj": (4, 2.0, False)})
+    adapter = arguments(monkeypatch, "adapter")
+    assert adapter["compilation_config"] == config
+    assert adapter["additional_config"] == {"adapter": {"q_proj": (4, 2.0, False)}}
     assert "compilation_config" not in arguments(monkeypatch, enforce_eager=True)
 
 
