@@ -270,7 +270,7 @@ class VLLMEngine:
         return self._llm
 
     def close(self) -> None:
-        """Ends the engine and frees what it holds."""
+        """Ends the engine and frees what it holds; raises EngineError if a shared weight was written to."""
         if self._llm is None:
             return
         if self._asleep:  # vLLM's allocator gives back once more what sleeps, and CUDA objects
@@ -279,6 +279,7 @@ class VLLMEngine:
             except EngineError as e:
                 rank_zero_warn(f"vLLM is closed asleep: {e}")
         llm, self._llm = self._llm, None
+        base, self._base = self._base, None
         with process_kept():
             shut_down(llm, keep_process_group=self._had_group)
             del llm
@@ -286,6 +287,8 @@ class VLLMEngine:
         self.policy_version, self._asleep = -1, False
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
+        if base is not None:
+            base.check()
 
 
 @contextmanager

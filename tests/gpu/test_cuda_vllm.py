@@ -12,6 +12,7 @@ from models import TINY
 from tiny import tiny_tokenizer
 
 from grpo_lightning.batch import RolloutBatch
+from grpo_lightning.errors import EngineError
 from grpo_lightning.loading import load_policy
 from grpo_lightning.lora import lora_config
 from grpo_lightning.rollout import EngineContext, Request, VLLMEngine
@@ -196,3 +197,32 @@ def test_a_killed_run_leaves_no_memory_behind(folder):
     engine = start(policy, folder, enforce_eager=True)
     engine.sync(policy, 0)
     engine.close()
+
+
+@pytest.mark.parametrize("quantization", [None, "nf4"])
+def test_one_base_for_both_sides(folder, quantization):
+    """Nothing writes into it, and the engine serves the policy as it does from a base of its own."""
+    policy = make_policy(folder, quantization=quantization)
+    before = {n: p.detach().clone() for n, p in policy.named_parameters() if not p.requires_grad}
+    engine = start(policy, folder, sleep="off", share_base="on")
+    try:
+        taken = engine._base.taken
+        addresses = {p.data_ptr() for n, p in policy.named_parameters() if not p.requires_grad}
+        assert {t.data_ptr() for t in taken.values()} <= addresses
+        assert sum(t.nbytes for t in taken.values()) > 0.9 * sum(
+            p.nbytes for n, p in policy.named_parameters() if n in before and p.ndim == 2
+        )
+        for version in range(3):
+            move(policy, 10 + version)
+            engine.sync(policy, version)
+            gap, off = distance(policy, engine, version)
+            assert gap < 0.1
+            assert off > 3 * gap
+        engine._base.check()
+        assert all(torch.equal(p, before[n]) for n, p in policy.named_parameters() if n in before)
+        next(iter(taken.values())).view(torch.uint8).view(-1)[7] ^= 1
+        with pytest.raises(EngineError, match="has been written to"):
+            engine.close()
+        assert engine._llm is None
+    finally:
+        engine.close()
