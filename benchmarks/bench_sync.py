@@ -250,7 +250,7 @@ def fit(
     pl.seed_everything(seed)
     cuda = torch.cuda.is_available()
     module = GRPOModule(
-        MODEL,
+        path,
         loss=LossConfig("dapo"),
         lora={"r": 16, "lora_alpha": 32},
         gradient_checkpointing=False,
@@ -291,7 +291,7 @@ def one(way: str, args: argparse.Namespace) -> dict[str, Any]:
     """Returns the runs of one way."""
     from grpo_lightning.models import resolve_model
 
-    path, cuda = resolve_model(MODEL), torch.cuda.is_available()
+    path, cuda = resolve_model(args.model), torch.cuda.is_available()
     kind = "adapter" if way in ("adapter", "fp16") else "merge"
     engine = OneEngine(
         sync=kind,
@@ -393,6 +393,7 @@ def main() -> None:
     """Runs every way in a process of its own and writes the result."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=WAYS)
+    parser.add_argument("--model", default=MODEL, help="a folder, .gguf file, or package:file.gguf")
     parser.add_argument("--seeds", nargs="+", type=int, default=[42, 1, 2])
     parser.add_argument("--rates", nargs="+", type=float, default=[5e-6, 2e-4])
     parser.add_argument("--steps", type=int, default=120)
@@ -406,7 +407,7 @@ def main() -> None:
     if args.one:
         print(json.dumps(one(args.one, args)))
         return
-    flags = ["--seeds", *map(str, args.seeds), "--rates", *map(str, args.rates)]
+    flags = ["--model", args.model, "--seeds", *map(str, args.seeds), "--rates", *map(str, args.rates)]
     deadline = time.monotonic() + args.limit
     flags += ["--steps", str(args.steps), "--long", str(args.long), "--tokens", str(args.tokens)]
     waiting, running = list(args.ways), {}

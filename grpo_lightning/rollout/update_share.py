@@ -65,7 +65,7 @@ class UpdateShare:
             self.warned = True
             way = "take sync: adapter" if self.kind == "merge" else "it grows as training goes on"
             rank_zero_warn(
-                f"rollout.engine.sync {self.kind!r} rounds weights to {self.dtype}: {share:.0%} of the update "
+                f"rollout.engine.sync {self.kind!r} rounds weights to {self.dtype}: {share:.0%} of an update "
                 f"reaches the engine, which samples from an older policy ({way}); see sync/update_arrived"
             )
         return {"sync/update_arrived": share}
