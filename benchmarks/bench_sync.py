@@ -26,6 +26,7 @@ import sys
 import tempfile
 import time
 import zlib
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +103,12 @@ class ThroughRounding(torch.autograd.Function):
         return dy @ weight, ctx.s * wide_product(dh.T, flat), db, None, None, None
 
 
+def through_rounding(layer: Any, weight: Tensor, x: Tensor) -> Tensor:
+    """Returns what an adapted `layer` gives for `x` by its rounded `weight`."""
+    a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+    return ThroughRounding.apply(x, a, b, layer.scaling["default"], weight, layer.get_base_layer().bias)
+
+
 class Served(pl.Callback):
     """What the engine is given in place of `merged_weights`, and the trainer too where both take it."""
 
@@ -129,9 +136,7 @@ class Served(pl.Callback):
             if name not in self.weights:
                 base = layer.get_base_layer()
                 self.weights[name] = torch.empty_like(base.weight)
-                a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
-                given = a, b, layer.scaling["default"], self.weights[name], base.bias
-                layer.forward = lambda x, given=given: ThroughRounding.apply(x, *given)
+                layer.forward = partial(through_rounding, layer, self.weights[name])
             self.weights[name].copy_(self.rounded(name, layer, self.weights[name].dtype))
 
 
@@ -185,14 +190,7 @@ class Scores(pl.Callback):
             for i, t in enumerate(c)
         ]
         batch = packed(requests, groups)
-        kwargs = {"dtype": torch.float32, "attn_implementation": "sdpa"}
-        exact = load_policy(
-            self.path,
-            policy.tokenizer,
-            lora=policy.model.peft_config["default"],
-            model_kwargs=kwargs,
-            gradient_checkpointing=False,
-        ).to(policy.causal.device)
+        exact = exact_policy(self.path)
         own = dict(policy.named_parameters())
         for name, p in exact.named_parameters():
             p.copy_(own[name])
@@ -217,6 +215,21 @@ class Scores(pl.Callback):
                     "kl": float(((y - x) ** 2).mean() / 2),
                 }
         return out
+
+
+@cache
+def exact_policy(path: str) -> Any:
+    """Returns a policy in fp32 with peft's own forward, to be given weights."""
+    from transformers import AutoTokenizer
+
+    made = load_policy(
+        path,
+        AutoTokenizer.from_pretrained(path),
+        lora=lora_config({"r": 16, "lora_alpha": 32}),
+        model_kwargs={"dtype": torch.float32, "attn_implementation": "sdpa"},
+        gradient_checkpointing=False,
+    )
+    return made.to("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def packed(requests: list[Request], groups: list[list[Completion]]) -> RolloutBatch:

@@ -121,8 +121,9 @@ def _convert(path: Path, folder: Path) -> None:
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".converting-") as scratch:
         model.save_pretrained(scratch)
         tokenizer.save_pretrained(scratch)
-        shutil.rmtree(folder, ignore_errors=True)
         shutil.copytree(scratch, staged := f"{scratch}-done")
+        if folder.is_dir() and not (folder / "config.json").is_file():  # what an older version left half done
+            shutil.rmtree(folder)
         try:
             os.replace(staged, folder)
         except OSError:  # another process finished first; its folder holds the same files
