@@ -14,7 +14,7 @@ from typing import Any
 
 from measure import RESULTS, save, table
 
-CLOCKS = ("step_time", "time/", "tokens_per_second", "memory/", "check/")
+CLOCKS = ("step_time", "time/", "tokens_per_second", "memory/", "check/", "graphs/")
 """beginnings of the names that say how long or how much, or that a resumed run logs anew"""
 CURVES = {
     "reward": "reward",

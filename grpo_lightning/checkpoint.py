@@ -7,7 +7,6 @@ from torch import Tensor
 
 from grpo_lightning.errors import ConfigError
 from grpo_lightning.lora import lora_identity
-from grpo_lightning.ops.filling import Region, Shape
 
 if TYPE_CHECKING:
     from grpo_lightning.module import GRPOModule
@@ -25,7 +24,6 @@ def save(module: "GRPOModule", checkpoint: dict[str, Any]) -> None:
             **_identity(module),
             "coefficients": module.coefficients.state_dict(),
             "reference": _reference_weights(module),
-            "graph_shapes": [[list(region) for region in shape] for shape in module.policy.graph_shapes],
         }
     )
     if module.policy.is_lora:
@@ -50,9 +48,6 @@ def load(module: "GRPOModule", checkpoint: dict[str, Any]) -> None:
         raise ConfigError(
             f"--ckpt_path: weights do not match, e.g. {sorted(missing)[0]}; same model and lora?"
         )
-    module.policy.graph_shapes[:] = [
-        Shape(*(Region(*region) for region in shape)) for shape in theirs.get("graph_shapes", ())
-    ]
     for name, w in (_reference_weights(module) or {}).items():
         if not theirs["reference"]:
             raise ConfigError(

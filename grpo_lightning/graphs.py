@@ -2,9 +2,11 @@
 launched the next.
 
 A graph replays kernels at the addresses and sizes of its capture. So batches are filled up to few shapes
-(`ops/filling.py`), each of which is captured once, and what differs between batches of one
-shape is copied in before a replay. All graphs share one pool of memory: the activations of one micro-batch
-are there at a time, hence a forward whose predecessor still waits for its backward runs without a graph.
+(`ops/filling.py`), and what differs between batches of one shape is copied in before a replay. The first
+batch of a shape runs without a graph: this compiles its kernels, which a capture cannot do, and a shape that
+does not come again is not captured. The same kernels run on the same sizes with and without a graph, so the
+results are equal bit for bit. All graphs share one pool of memory: the activations of one micro-batch are
+there at a time, hence a forward whose predecessor still waits for its backward runs without a graph too.
 """
 
 import gc
@@ -25,7 +27,7 @@ from grpo_lightning.ops.filling import Shape
 from grpo_lightning.ops.segments import SharedPrompts
 
 MOST = 32
-"""shapes that are kept"""
+"""graphs that are kept"""
 
 
 class Graphs:
@@ -33,25 +35,26 @@ class Graphs:
 
     Args:
         decoder: of a transformers model.
-        shapes: that batches are filled up to, the last one used at the end; kept up to date. They outlive the
-            graphs: a resumed run fills its batches as the run before would have.
+
+    Attributes:
+        captures: how many there have been.
     """
 
-    def __init__(self, decoder: nn.Module, shapes: list[Shape]) -> None:
-        self._decoder, self.shapes = decoder, shapes
+    def __init__(self, decoder: nn.Module) -> None:
+        self.captures = 0
+        self._decoder = decoder
         self._params = {n: p for n, p in decoder.named_parameters() if p.requires_grad}
-        self._captured: dict[Shape, _Captured] = {}
+        self._known: set[Shape] = set()  # have run forward and backward without a graph
+        self._captured: dict[Shape, _Captured] = {}  # the last one used at the end
         self._addresses: list[int] = []
         self._pool: Any = None
         self._running: Callable[[], Any] = lambda: None
 
-    def hidden(self, ids: Tensor, positions: Tensor, layout: PackedLayout) -> Tensor | None:
-        """Returns hidden states [T', H], or None while a backward of an earlier call is still to come.
+    def hidden(self, ids: Tensor, positions: Tensor, layout: PackedLayout) -> Tensor:
+        """Returns hidden states [T', H], which the next call may overwrite.
 
-        They are overwritten by the next call.
+        The decoder is called for the first batch of a shape, and while the backward of a replay is to come.
         """
-        if self._running() is not None:
-            return None
         addresses = [p.data_ptr() for p in self._params.values()]
         if addresses != self._addresses:
             self.forget()
@@ -59,27 +62,28 @@ class Graphs:
         shape = _segments(layout).shape
         if shape is None:
             raise RuntimeError("graphs need a layout of one of few shapes")
-        self._use(shape)
-        graph = self._captured.get(shape)
-        if graph is None:
-            self._pool = self._pool or torch.cuda.graph_pool_handle()
-            graph = _Captured(self._decoder, self._params, ids, positions, layout, self._pool)
-            self._captured[shape] = graph
+        if shape not in self._known or self._running() is not None:
+            hidden = decoded(self._decoder, ids, positions, layout)
+            hidden.register_hook(lambda _: self._known.add(shape))  # its backward is about to run
+            return hidden
+        graph = self._captured.pop(shape, None) or self._capture(ids, positions, layout)
+        self._captured[shape] = graph
         call = _Call(graph, (ids, positions, *_ends(layout)))
         self._running = weakref.ref(call)
         return _Replay.apply(call, *self._params.values())  # pyright: ignore[reportReturnType]
 
-    def _use(self, shape: Shape) -> None:
-        """Makes it the last used, and lets go of the graphs that have waited longest."""
-        if shape in self.shapes:
-            self.shapes.remove(shape)
-        self.shapes.append(shape)
-        while len(self.shapes) > MOST:
-            self._captured.pop(self.shapes.pop(0), None)
+    def _capture(self, ids: Tensor, positions: Tensor, layout: PackedLayout) -> "_Captured":
+        """Returns a new graph; the one that has waited longest goes where there are too many."""
+        self.captures += 1
+        if len(self._captured) == MOST:
+            del self._captured[next(iter(self._captured))]
+        self._pool = self._pool or torch.cuda.graph_pool_handle()
+        return _Captured(self._decoder, self._params, ids, positions, layout, self._pool)
 
     def forget(self) -> None:
         """Frees all graphs and their memory."""
         self._captured.clear()
+        self._known.clear()
         self._pool, self._addresses = None, []
         self._running = lambda: None
 
@@ -102,7 +106,7 @@ def make_graphs(policy: Any, autocast: bool) -> Graphs | None:
     if reasons:
         rank_zero_warn(f"model.kernels.graphs: the decoder runs without graphs ({', '.join(reasons)})")
         return None
-    return Graphs(decoder, policy.graph_shapes)
+    return Graphs(decoder)
 
 
 def decoded(
@@ -163,15 +167,6 @@ class _Captured:
             return torch.cat([g.flatten() for g in found])
 
         with torch.enable_grad():
-            side = torch.cuda.Stream()
-            side.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(side):  # kernels are compiled and workspaces made outside of a capture
-                hidden = decode()
-                gradients(hidden, torch.zeros_like(hidden))
-                del hidden
-            torch.cuda.current_stream().wait_stream(side)
-            torch.cuda.synchronize()
-            torch.cuda.empty_cache()
             self.forward, self.backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
             with _uncollected():
                 with torch.cuda.graph(self.forward, pool=pool):

@@ -58,9 +58,9 @@ class KernelConfig:
         compile: torch.compile of every decoder layer, once for all lengths.
         loss: the Triton kernel of the loss, its gradient and its statistics in one launch.
         graphs: the decoder's forward and backward as CUDA graphs, one per shape, of batches filled up to few
-            shapes. For models so small that a GPU waits for launches; the activations of one micro-batch stay
-            allocated between steps, and `rollout.micro_batches: auto` is `accumulate_grad_batches`. How far a
-            batch is filled up depends on those before it, which a checkpoint remembers.
+            shapes, captured when a shape comes for the second time. For models so small that a GPU waits for
+            launches; the activations of one micro-batch stay allocated between steps, and
+            `rollout.micro_batches: auto` is `accumulate_grad_batches`.
         shared_prompts: a prompt goes through the model once for its group. `auto` copies it before every
             completion where attention runs as segments and sharing saves less than a sixth of the tokens.
     """

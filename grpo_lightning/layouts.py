@@ -73,7 +73,7 @@ def packed_hidden(
         decoder: of a transformers model.
         batch: P prompts and S completions.
         segments: run attention as segments where the flash kernels cover it.
-        graphs: replay the decoder instead of calling it.
+        graphs: of the decoder, which replay it instead of calling it.
     """
     layout = PackedLayout.of(
         batch.prompt_lengths,
@@ -82,14 +82,15 @@ def packed_hidden(
         batch.segment_ids,
         batch.position_ids,
         segments=segments,
-        shapes=None if graphs is None else graphs.shapes,
+        filled=graphs is not None,
     )
     ids, positions, targets = batch.input_ids, batch.position_ids, batch.target_rows
     if layout.shared is not None and layout.shared.order is not None and layout.shared.places is not None:
         order = layout.shared.order
         ids, positions, targets = ids[order], positions[order], layout.shared.places[targets]
-    hidden = None if graphs is None else graphs.hidden(ids, positions, layout)
-    return (decoded(decoder, ids, positions, layout) if hidden is None else hidden)[targets]
+    if graphs is None:
+        return decoded(decoder, ids, positions, layout)[targets]
+    return graphs.hidden(ids, positions, layout)[targets]
 
 
 def padded_hidden(decoder: Any, batch: RolloutBatch, pad_id: int) -> Tensor:

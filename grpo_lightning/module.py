@@ -269,6 +269,8 @@ class GRPOModule(pl.LightningModule):
                 "raise clipping (trainer.gradient_clip_val), or inspect the rollout with rollout.record_to"
             )
         metrics |= self.coefficients.metrics()
+        if self.policy.graphs is not None:
+            metrics["graphs/captures"] = float(self.policy.graphs.captures)
         self.coefficients.step(metrics)
         self.window_metrics = metrics
         log_numbers(self, metrics, shown=("kl",))

@@ -21,7 +21,6 @@ from grpo_lightning.layouts import (
     register_packed_attention,
 )
 from grpo_lightning.ops import fused_linear_logprobs
-from grpo_lightning.ops.filling import Shape
 from grpo_lightning.ops.kept import kept_logmass
 from grpo_lightning.ops.tie import tied
 from grpo_lightning.packing import Outline
@@ -71,8 +70,6 @@ class Policy(nn.Module):
         self.kernels = KernelConfig()
         self.prepared = Prepared(causal, self.causal.get_decoder())
         self.graphs: Graphs | None = None
-        self.graph_shapes: list[Shape] = []
-        """what `graphs` has filled batches up to; part of a checkpoint"""
 
     def prepare(self, kernels: KernelConfig, device: torch.device) -> None:
         """Exchanges what `kernels` chooses for `device`; once, before the first forward that trains."""

@@ -1,5 +1,6 @@
 """Which way a call goes: the head's through logits, the decoder's without a graph."""
 
+from grpo_lightning.graphs import decoded
 from grpo_lightning.ops.head_logits import Logits
 
 
@@ -14,9 +15,13 @@ def calls_through_logits(monkeypatch):
 
 
 class NoGraph:
-    """Stands for `Graphs` that always leave it to a call, of batches that are filled up all the same."""
+    """Stands for `Graphs` that always call the decoder, with batches that are filled up all the same."""
 
-    shapes = ()
+    def __init__(self, policy):
+        self.decoder = policy.causal.get_decoder()
+        self.calls = 0
 
     def hidden(self, ids, positions, layout):
-        assert len(ids) == len(layout.shared.order)
+        assert len(ids) == len(layout.shared.order) == layout.shared.shape.rows
+        self.calls += 1
+        return decoded(self.decoder, ids, positions, layout)

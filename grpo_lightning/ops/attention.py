@@ -4,7 +4,7 @@ Half types on CUDA run as segments (`varlen.py`). Everything else runs group by 
 """
 
 import warnings
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cache
 
@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from grpo_lightning.ops.filling import Shape
 from grpo_lightning.ops.segments import SharedPrompts
 from grpo_lightning.ops.varlen import Flash, shared_prompt_attention
 
@@ -45,7 +44,7 @@ class PackedLayout:
         position_ids: Tensor,
         *,
         segments: bool = False,
-        shapes: Collection[Shape] | None = None,
+        filled: bool = False,
     ) -> "PackedLayout":
         """Returns the layout of P prompts and S completions, `group_ids` sorted."""
         rows: list[list[int]] = [[] for _ in prompt_lengths]
@@ -59,7 +58,7 @@ class PackedLayout:
         shared = None
         if segments:
             device = segment_ids.device
-            shared = SharedPrompts.of(list(prompt_lengths), rows, device, shapes=shapes)
+            shared = SharedPrompts.of(list(prompt_lengths), rows, device, filled=filled)
         return cls(tuple(zip([0, *ends][:-1], ends, strict=True)), segment_ids, position_ids, shared, longest)
 
     def group_masks(self, window: int | None) -> list[Tensor]:

@@ -1,10 +1,18 @@
-"""Few shapes for many batches: how far the regions of a layout are filled up, so that a graph fits them."""
+"""Few sizes for many batches: how far a layout is filled up, so that it has the shape of a CUDA graph.
 
-from collections.abc import Collection, Sequence
+A shape follows from the lengths of its batch alone and not from earlier batches, so a resumed run fills its
+batches as the run before would have.
+"""
+
+from collections.abc import Sequence
 from typing import NamedTuple
 
-NEAR = 1.25
-"""a known shape may have so many times the rows that a new one would have: a capture costs many steps"""
+ROWS = 1024
+"""the fewest rows of a region; smaller ones take a GPU as long"""
+SEGMENTS = (128, 16, 128)
+"""the fewest segments of each region, to which comes an eighth for filling: 16 groups of 8 completions"""
+LONGEST = 512
+"""the least bound on the length of a segment"""
 
 
 class Region(NamedTuple):
@@ -12,46 +20,16 @@ class Region(NamedTuple):
 
     rows: int
     segments: int
-    longest: int
-    """segment, a power of 2"""
-
-    @classmethod
-    def around(cls, lengths: Sequence[int]) -> "Region":
-        """Returns room for `lengths` and somewhat more; how many rows follows from their sum alone."""
-        if not lengths:
-            return cls(0, 0, 0)
-        segments = -(-(len(lengths) + 4) // 8) * 8  # 4 to 11 more
-        least = sum(lengths) * 33 // 32 + 11
-        step = 1 << max(least.bit_length() - 5, 6)  # 16 sizes between a power of 2 and the next
-        rows = -(-least // step) * step
-        longest = max(*lengths, *_even(rows - sum(lengths), segments - len(lengths)))
-        return cls(rows, segments, 1 << (longest * 3 // 2).bit_length())
-
-    def filling(self, lengths: Sequence[int]) -> list[int] | None:
-        """Returns the lengths of segments, none of them 0, that make it full; None if that cannot be."""
-        rows, segments = self.rows - sum(lengths), self.segments - len(lengths)
-        if rows == segments == 0:
-            return []
-        if not 0 < segments <= rows:
-            return None
-        added = _even(rows, segments)
-        return None if max(added[0], *lengths, 0) > self.longest else added
 
 
 class Shape(NamedTuple):
-    """The regions of a layout, and its queries group by group, which are the rows of the completions."""
+    """The regions of a layout: sequences that share no prompt, shared prompts, and their completions."""
 
     whole: Region
     prompts: Region
     completions: Region
-    queries: Region
-
-    @classmethod
-    def of(cls, *lengths: Sequence[int], known: Collection["Shape"]) -> "Shape":
-        """Returns the least of the `known` shapes that hold segments of these `lengths`, or a new one."""
-        new = cls(*map(Region.around, lengths))
-        fit = [s for s in known if s.rows <= NEAR * new.rows and None not in s._fillings(lengths)]
-        return min(fit, key=lambda s: s.rows, default=new)
+    longest: int
+    """bounds the segments of all regions"""
 
     @property
     def rows(self) -> int:
@@ -59,29 +37,55 @@ class Shape(NamedTuple):
         return self.whole.rows + self.prompts.rows + self.completions.rows
 
     @property
-    def longest_alone(self) -> tuple[int, int]:
-        """The longest segment that looks at itself: queries, keys."""
-        longest = max(self.whole.longest, self.prompts.longest, self.completions.longest)
-        return longest, longest
-
-    @property
     def longest_towards(self) -> tuple[int, int]:
-        """The most rows of completions that look at one prompt, and the longest such prompt."""
-        return self.queries.longest, self.prompts.longest
+        """Bounds the rows of completions that look at one prompt, and the length of such a prompt."""
+        return self.completions.rows, self.longest
 
-    def filling(self, *lengths: Sequence[int]) -> list[list[int]]:
-        """Returns for each region the lengths of segments that make it full.
 
-        Raises:
-            ValueError: these segments do not fit.
-        """
-        found = [added for added in self._fillings(lengths) if added is not None]
-        if len(found) < len(lengths):
-            raise ValueError(f"segments of {[sum(own) for own in lengths]} rows do not fit {self}")
-        return found
+def fill(
+    whole: Sequence[int], prompts: Sequence[int], completions: Sequence[int], queries: Sequence[int]
+) -> tuple[Shape, list[list[int]]]:
+    """Returns the shape of a layout and the lengths of the segments, none 0, that are missing to it.
 
-    def _fillings(self, lengths: Sequence[Sequence[int]]) -> list[list[int] | None]:
-        return [region.filling(own) for region, own in zip(self, lengths, strict=True)]
+    Args:
+        whole: lengths of sequences that share no prompt, at least 1 each.
+        prompts: lengths of P prompts that several completions share.
+        completions: rows of their completions.
+        queries: the same, summed over each of the P groups.
+
+    Returns:
+        The shape, and four lists of lengths to append to the four arguments.
+    """
+    own = (whole, prompts, completions)
+    segments = [_grown(len(x), n, 2) * 9 // 8 if x else 0 for x, n in zip(own, SEGMENTS, strict=True)]
+    extra = [n - len(x) for n, x in zip(segments, own, strict=True)]
+    # a prompt that is filling needs a row of completions that looks at it
+    needed = extra[0], extra[1], max(extra[1:])
+    rows = [_rows(sum(x) + n) if x else 0 for x, n in zip(own, needed, strict=True)]
+    added = [_even(r - sum(x), n) for r, x, n in zip(rows, own, extra, strict=True)]
+    longest = max((n for lengths in (*own, *added) for n in lengths), default=0)
+    regions = (Region(r, n) for r, n in zip(rows, segments, strict=True))
+    shape = Shape(*regions, longest=_grown(longest, LONGEST, 4))
+    return shape, [*added, _even(rows[2] - sum(queries), extra[1])]
+
+
+def _rows(least: int) -> int:
+    """Returns 1, 2, 3, 4, 6, 8, 10, 12, 14, 16, 20, 24, ... times `ROWS`.
+
+    From 8 on there are four sizes to a power of 2. Below they are coarser: rows cost little there, in a model
+    so small that it runs as graphs.
+    """
+    if least <= ROWS:
+        return ROWS
+    below = 1 << ((least - 1).bit_length() - 1)  # the power of 2 below
+    step = max(ROWS, min(below // 2, 2 * ROWS), below // 4)
+    return -(-least // step) * step
+
+
+def _grown(least: int, size: int, factor: int) -> int:
+    while size < least:
+        size *= factor
+    return size
 
 
 def _even(rows: int, segments: int) -> list[int]:

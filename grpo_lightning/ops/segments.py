@@ -4,14 +4,13 @@ Rows stand so that each of the two calls of `shared_prompt_attention` reads and 
 first what looks at nothing but itself, then the shared prompts, then their completions, group by group.
 """
 
-from collections.abc import Collection
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from grpo_lightning.ops.filling import Shape
+from grpo_lightning.ops.filling import Shape, fill
 
 
 class Spans(NamedTuple):
@@ -69,7 +68,7 @@ class SharedPrompts:
         rows: list[list[int]],
         device: torch.device,
         *,
-        shapes: Collection[Shape] | None = None,
+        filled: bool = False,
     ) -> "SharedPrompts":
         """Returns the layout of groups, each a prompt and the rows of its completions, one after the other.
 
@@ -77,38 +76,44 @@ class SharedPrompts:
             prompt_lengths: P.
             rows: P lists, the number of rows of each completion; 0 is legal.
             device: of the index tensors.
-            shapes: fill up to one of these, or to a new one if none is near; None leaves it as it is.
+            filled: fill up to one of few shapes.
         """
         whole: list[range] = []
         prompts: list[range] = []
         completions: list[range] = []
         queries: list[int] = []
+        # A single completion goes on where its prompt ends; but beside shared prompts that is another shape.
+        several = any(p and sum(map(bool, own)) > 1 for p, own in zip(prompt_lengths, rows, strict=True))
+        fewest = 1 if filled and several else 2
         start = 0
         for p, own in zip(prompt_lengths, rows, strict=True):
             pieces = _pieces(start, [p, *own])
             start += p + sum(own)
-            if len(pieces) > 2 and p:
+            if p and len(pieces) > fewest:
                 prompts.append(pieces[0])
                 completions += pieces[1:]
                 queries.append(sum(own))
-            elif p:  # one completion goes on where its prompt ends
+            elif p:
                 whole.append(range(pieces[0].start, start))
             else:
                 whole += pieces
         regions = (whole, prompts, completions)
         segments = [[len(r) for r in region] for region in regions]
-        shape = None if shapes is None else Shape.of(*segments, queries, known=shapes)
-        if shape is not None:
-            for lengths, added in zip((*segments, queries), shape.filling(*segments, queries), strict=True):
+        shape = None
+        if filled:
+            shape, missing = fill(segments[0], segments[1], segments[2], queries)
+            for lengths, added in zip((*segments, queries), missing, strict=True):
                 lengths += added
         keys = segments[1]
         first, second, third = sizes = [sum(lengths) for lengths in segments]
         order, places = None, None
-        if queries or shape:
+        if queries or filled:
             order, places = (x.to(device, non_blocking=True) for x in _standing(regions, sizes, start))
         alone = [n for lengths in segments for n in lengths]
         return cls(
-            Spans.of(alone, alone, causal=True, device=device, longest=shape and shape.longest_alone),
+            Spans.of(
+                alone, alone, causal=True, device=device, longest=shape and (shape.longest, shape.longest)
+            ),
             Spans.of(queries, keys, causal=False, device=device, longest=shape and shape.longest_towards),
             slice(first, first + second),
             slice(first + second, first + second + third),

@@ -258,8 +258,17 @@ def adapter_gradient(policy, *batches):
     return {n: p.grad.clone() for n, p in policy.trainable().items()}
 
 
+def replayed_gradient(policy, batch):
+    """The first batch of a shape runs without a graph."""
+    adapter_gradient(policy, batch)
+    captures = policy.graphs.captures
+    found = adapter_gradient(policy, batch)
+    assert policy.graphs.captures == captures + 1
+    return found
+
+
 def test_graphs_give_the_gradient_of_a_call():
-    """Few shapes, with other tokens and lengths each time."""
+    """One shape, with other tokens and lengths each time."""
     batches = [random_rollout(seed=s, prompts=2 + s % 2, longest=9).to("cuda") for s in range(6)]
     policy = lora_policy(kernels=BODY)
     want = [adapter_gradient(policy, b) for b in batches]
@@ -267,18 +276,48 @@ def test_graphs_give_the_gradient_of_a_call():
     for batch, expected in zip(batches, want, strict=True):
         for name, got in adapter_gradient(policy, batch).items():
             assert relative(got, expected[name]) < 3e-2, name
-    assert 1 <= len(policy.graphs._captured) < len(batches)
+    assert policy.graphs.captures == len(policy.graphs._captured) == 1
+
+
+@pytest.mark.parametrize("prompt", [40, 1100], ids="{} tokens".format)
+def test_graphs_give_the_bits_of_a_call(prompt):
+    """A resumed run starts without graphs.
+
+    Segments are short, since flash adds up dq over every 128 keys in any order.
+    """
+    prompts = [[5] * 64] * (prompt // 64) + [[7] * (prompt % 64 + 1)]
+    batch = random_rollout(prompts=len(prompts), longest=9, prompt_ids=prompts).to("cuda")
+    policy = lora_policy(kernels=GRAPHS)
+    found = []
+    for _ in range(4):  # called, captured and replayed, replayed, replayed
+        logprobs = policy.logprobs(batch).logprobs.detach()
+        found.append({"logprobs": logprobs, **adapter_gradient(policy, batch)})
+    assert policy.graphs.captures == 1
+    for again in found[1:]:
+        assert again.keys() == found[0].keys()
+        assert all(torch.equal(x, again[name]) for name, x in found[0].items())
+
+
+def test_sixty_steps_capture_few_graphs():
+    """Of groups of very different sizes and numbers; kernels are compiled by calls alone."""
+    policy = lora_policy(kernels=GRAPHS)
+    for seed in range(60):
+        prompts = [[5] * (50 + seed)] * (1 + seed * 7 % 16)
+        batch = random_rollout(len(prompts), 8, 4 + seed % 13, seed=seed, prompt_ids=prompts).to("cuda")
+        assert all(g.isfinite().all() for g in adapter_gradient(policy, batch).values())
+    assert policy.graphs.captures == 2  # prompts of up to 1,024 rows together, and of up to 2,048
 
 
 def test_gradients_of_graphs_add_up():
     policy, batch = lora_policy(kernels=GRAPHS), random_rollout(seed=1).to("cuda")
-    once, twice = adapter_gradient(policy, batch), adapter_gradient(policy, batch, batch)
+    once, twice = replayed_gradient(policy, batch), adapter_gradient(policy, batch, batch)
     for name, got in twice.items():
         torch.testing.assert_close(got, 2 * once[name], rtol=1e-4, atol=1e-7)
 
 
 def test_graphs_see_what_the_optimizer_changed():
     policy, batch = lora_policy(kernels=GRAPHS), random_rollout(seed=1).to("cuda")
+    replayed_gradient(policy, batch)
     before = policy.logprobs(batch).logprobs.detach()
     adapter_gradient(policy, batch)
     torch.optim.SGD(policy.trainable().values(), 0.01).step()
@@ -291,7 +330,7 @@ def test_graphs_see_what_the_optimizer_changed():
 def test_a_second_forward_before_the_backward_runs_without_a_graph():
     policy = lora_policy(kernels=GRAPHS)
     first, second = (random_rollout(seed=s).to("cuda") for s in (1, 2))
-    want = adapter_gradient(policy, first)
+    want = replayed_gradient(policy, first)
     policy.zero_grad()
     loss = policy.logprobs(first).logprobs.square().sum()
     policy.logprobs(second)
@@ -302,9 +341,12 @@ def test_a_second_forward_before_the_backward_runs_without_a_graph():
 
 def test_a_capture_beside_a_graph_that_is_alive():
     policy = lora_policy(kernels=GRAPHS)
-    first, second = (random_rollout(seed=s, prompts=2 + 4 * s).to("cuda") for s in (0, 1))
+    first, second = (
+        random_rollout(prompts=2, prompt_ids=[[5] * n] * 2).to("cuda")
+        for n in (40, 700)  # of two shapes
+    )
     want = adapter_gradient(policy, second)
-    policy.prepare(GRAPHS, torch.device("cuda"))
+    adapter_gradient(policy, first)
     kept = policy.logprobs(first).logprobs
     kept.square().sum().backward()
     for name, got in adapter_gradient(policy, second).items():
@@ -320,7 +362,7 @@ def test_graphs_with_checkpointed_layers():
     checkpointed.causal.gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
     checkpointed.train()
     checkpointed.prepare(GRAPHS, torch.device("cuda"))
-    for name, got in adapter_gradient(checkpointed, batch).items():
+    for name, got in replayed_gradient(checkpointed, batch).items():
         assert relative(got, want[name]) < 3e-2, name
 
 
@@ -332,6 +374,7 @@ def test_graphs_that_are_garbage_do_not_spoil_a_capture():
         policy.model.itself = [policy]  # a cycle: only the collector frees it
         gc.set_threshold(50)
         try:
+            adapter_gradient(policy, *batch.split(2))
             got = adapter_gradient(policy, *batch.split(2))
         finally:
             gc.set_threshold(700)
@@ -344,7 +387,7 @@ def test_filled_batches_read_nothing_that_was_not_written():
     """Memory that a call gets holds NaN; a layout that leaves out rows would pass them on."""
     batches = [random_rollout(seed=s, prompts=1 + s, longest=9).to("cuda") for s in range(6)]
     policy = lora_policy(kernels=GRAPHS)
-    policy.graphs = NoGraph()
+    policy.graphs = NoGraph(policy)
     for batch in batches:
         torch.cuda.empty_cache()
         spoiled = [torch.full((n,), torch.nan, device="cuda") for n in [1 << 28] + [100_000] * 500]

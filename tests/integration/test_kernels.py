@@ -224,11 +224,11 @@ def test_filling_changes_nothing():
     policy, batch = lora_policy(), random_rollout(seed=4)
     want = policy.logprobs(batch)
     ends = batch.prompt_lengths, batch.lengths, batch.host_groups, batch.segment_ids, batch.position_ids
-    layout = PackedLayout.of(*ends, segments=True, shapes=[])
+    layout = PackedLayout.of(*ends, segments=True, filled=True)
     assert len(layout.shared.order) > batch.num_tokens
 
     policy.graphs, policy.prepared.chosen = (
-        NoGraph(),
+        NoGraph(policy),
         {**policy.prepared.chosen, "graphs": True, "attention": True},
     )
     _say_once.cache_clear()

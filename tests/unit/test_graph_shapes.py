@@ -1,46 +1,112 @@
-"""Which shapes CUDA graphs fill batches up to, what becomes of them over many, and over a checkpoint."""
+"""When a shape runs without a graph, when its graph is captured, and which graphs are kept."""
 
+from types import SimpleNamespace
+
+import pytest
 import torch
-from fits import module
-from models import save_tiny
 from torch import nn
 
-from grpo_lightning.graphs import MOST, Graphs
-from grpo_lightning.ops.filling import Region, Shape
+from grpo_lightning import graphs as module
+from grpo_lightning.graphs import Graphs
+from grpo_lightning.ops.attention import PackedLayout
 
 
-def shape(n):
-    return Shape(*[Region(64 * n, 8, 64)] * 4)
+class Decoder(nn.Module):
+    """Like one of transformers'; counts its calls."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(1))
+        self.calls = 0
+
+    def forward(self, input_ids, position_ids, use_cache, layout):
+        self.calls += 1
+        return SimpleNamespace(last_hidden_state=self.weight * input_ids[..., None])
 
 
-def test_the_shapes_used_last_are_kept():
-    shapes = [shape(1), shape(2)]
-    graphs = Graphs(nn.Linear(2, 2), shapes)
-    graphs._captured = {shape(1): "one", shape(2): "two"}
-    graphs._use(shape(1))
-    assert shapes == [shape(2), shape(1)]
-    for n in range(3, MOST + 2):
-        graphs._use(shape(n))
-    assert len(shapes) == MOST
-    assert shapes[0] == shape(1)
-    assert graphs._captured == {shape(1): "one"}
-    graphs.forget()
+@pytest.fixture
+def decoder(monkeypatch):
+    """A decoder whose graphs replay nothing."""
+
+    def captured(decoder, params, ids, positions, layout, pool):
+        return SimpleNamespace(
+            inputs=[x.clone() for x in (ids, positions, *module._ends(layout))],
+            forward=SimpleNamespace(replay=lambda: None),
+            backward=SimpleNamespace(replay=lambda: None),
+            hidden=torch.zeros(len(ids), 1),
+            dhidden=torch.zeros(len(ids), 1),
+            gradients=torch.zeros(sum(p.numel() for p in params.values())),
+        )
+
+    monkeypatch.setattr(module, "_Captured", captured)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", object)
+    return Decoder()
+
+
+def call(graphs, prompt):
+    """Returns the hidden states of a batch of another shape for every thousand tokens of its prompt."""
+    layout = PackedLayout.of(
+        [prompt], [3, 3], [0, 0], torch.zeros(0), torch.zeros(0), segments=True, filled=True
+    )
+    rows = torch.zeros(layout.shared.shape.rows)
+    return graphs.hidden(rows, rows, layout)
+
+
+def step(graphs, prompt):
+    call(graphs, prompt).sum().backward()
+
+
+def test_a_shape_is_captured_when_it_comes_again(decoder):
+    graphs = Graphs(decoder)
+    seen = []
+    for prompt in (50, 60, 70, 1500, 80, 1600, 1700, 50):
+        step(graphs, prompt)
+        seen.append((decoder.calls, graphs.captures))
+    assert seen == [(1, 0), (1, 1), (1, 1), (2, 1), (2, 1), (2, 2), (2, 2), (2, 2)]
+
+
+def test_a_shape_without_a_backward_has_not_been_seen(decoder):
+    """Its kernels are not all compiled."""
+    graphs = Graphs(decoder)
+    call(graphs, 50)
+    call(graphs, 50)
+    assert (decoder.calls, graphs.captures) == (2, 0)
+    step(graphs, 50)
+    step(graphs, 50)
+    assert (decoder.calls, graphs.captures) == (3, 1)
+
+
+def test_a_forward_before_the_backward_of_a_replay_calls_the_decoder(decoder):
+    graphs = Graphs(decoder)
+    step(graphs, 50)
+    first = call(graphs, 50)
+    assert decoder.calls == 1
+    second = call(graphs, 50)
+    assert decoder.calls == 2
+    (first.sum() + second.sum()).backward()
+    step(graphs, 50)
+    assert (decoder.calls, graphs.captures) == (2, 1)
+
+
+def test_the_graphs_used_last_are_kept(decoder, monkeypatch):
+    monkeypatch.setattr(module, "MOST", 2)
+    graphs = Graphs(decoder)
+    for prompt in (50, 50, 1500, 1500, 50, 2500, 2500):
+        step(graphs, prompt)
+    assert (decoder.calls, graphs.captures, len(graphs._captured)) == (3, 3, 2)
+    step(graphs, 50)
+    assert (decoder.calls, graphs.captures, len(graphs._captured)) == (3, 3, 2)
+    step(graphs, 1500)  # of which the graph is gone
+    assert (decoder.calls, graphs.captures, len(graphs._captured)) == (3, 4, 2)
+
+
+def test_parameters_at_other_addresses_need_other_graphs(decoder):
+    graphs = Graphs(decoder)
+    step(graphs, 50)
+    step(graphs, 50)
+    decoder.weight.data = torch.ones(1)
+    step(graphs, 50)
+    assert (decoder.calls, graphs.captures) == (2, 1)
     assert graphs._captured == {}
-    assert len(shapes) == MOST
-
-
-def test_a_checkpoint_remembers_shapes(tmp_path):
-    """So that a resumed run fills its batches as the run before would have."""
-    folder = save_tiny(tmp_path / "model")
-    before, after = module(folder), module(folder)
-    before.configure_model(), after.configure_model()
-    before.policy.graph_shapes += [shape(2), shape(1)]
-    checkpoint = {"state_dict": before.state_dict()}
-    before.on_save_checkpoint(checkpoint)
-    torch.save(checkpoint, tmp_path / "c")
-    after.on_load_checkpoint(torch.load(tmp_path / "c", weights_only=True))
-    assert after.policy.graph_shapes == [shape(2), shape(1)]
-    assert isinstance(after.policy.graph_shapes[0].whole, Region)
-    del checkpoint["grpo_lightning"]["graph_shapes"]  # of a version that kept none
-    after.on_load_checkpoint(checkpoint)
-    assert after.policy.graph_shapes == []
+    step(graphs, 50)
+    assert (decoder.calls, graphs.captures) == (2, 2)

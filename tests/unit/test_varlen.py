@@ -6,7 +6,6 @@ import warnings
 import pytest
 import torch
 
-from grpo_lightning.ops.filling import Region, Shape
 from grpo_lightning.ops.segments import SharedPrompts
 from grpo_lightning.ops.varlen import Dense, shared_prompt_attention
 
@@ -19,8 +18,6 @@ CASES = {
     "one completion each": ([2, 2], [[3], [4]]),
     "shared and not": ([2, 4, 0, 3], [[3], [1, 2], [2, 1], [4, 2]]),
 }
-
-LARGE = Shape(*[Region(64, 12, 64)] * 4)
 
 
 def inputs(rows, heads=4, kv_heads=2, width=8, seed=0):
@@ -46,14 +43,14 @@ def dense(q, k, v, prompts, rows, scale):
     ).transpose(0, 1)
 
 
-@pytest.mark.parametrize("shapes", [None, []])
-def test_every_row_is_in_a_segment(shapes):
+@pytest.mark.parametrize("filled", [False, True])
+def test_every_row_is_in_a_segment(filled):
     """Kernels leave what no segment holds as it was."""
     draw = random.Random(0)
     for _ in range(300):
         prompts = [draw.randint(0, 700) for _ in range(draw.randint(1, 6))]
         rows = [[draw.randint(0, 90) for _ in range(draw.randint(1, 9))] for _ in prompts]
-        x = SharedPrompts.of(prompts, rows, torch.device("cpu"), shapes=shapes)
+        x = SharedPrompts.of(prompts, rows, torch.device("cpu"), filled=filled)
         total = sum(prompts) + sum(map(sum, rows)) if x.order is None else len(x.order)
         ends = [int(e[-1]) for e in (x.alone.query, x.alone.key, x.towards.key, x.towards.query)]
         regions = [r.stop - r.start for r in (x.prompts, x.completions)]
@@ -66,13 +63,23 @@ def test_every_row_is_in_a_segment(shapes):
                 assert longest >= max(lengths.tolist(), default=0)
 
 
-@pytest.mark.parametrize("shapes", [None, [], [LARGE]])
+def test_single_completions_beside_shared_prompts_make_no_shape_of_their_own():
+    both, shared = (
+        SharedPrompts.of([4, 3], rows, torch.device("cpu"), filled=True).shape
+        for rows in ([[2, 5, 1], [3, 0]], [[2, 5, 1], [3, 1]])
+    )
+    assert both == shared
+    alone = SharedPrompts.of([4, 3], [[2, 0], [3, 0]], torch.device("cpu"), filled=True).shape
+    assert alone.prompts.rows == alone.completions.rows == 0
+
+
+@pytest.mark.parametrize("filled", [False, True])
 @pytest.mark.parametrize("name", CASES)
-def test_equals_one_softmax(name, shapes):
+def test_equals_one_softmax(name, filled):
     prompts, rows = CASES[name]
     total = sum(prompts) + sum(map(sum, rows))
     q, k, v = inputs(total)
-    layout = SharedPrompts.of(prompts, rows, q.device, shapes=shapes)
+    layout = SharedPrompts.of(prompts, rows, q.device, filled=filled)
     order, places = (torch.arange(total) if x is None else x for x in (layout.order, layout.places))
     assert torch.equal(order[places], torch.arange(total))
     got = shared_prompt_attention(q[order], k[order], v[order], layout, 0.3, Dense())[places]
