@@ -38,6 +38,8 @@ PHASES = ("sync", "generate", "reward", "score", "rollout", "train")
 SIDES = ("ours", "compiled", "asleep", "HF", "TRL")
 """ours, the engine awake all the time, as TRL's is; one that vLLM compiles; one asleep while training;
 without vLLM; TRL"""
+STEADY = (5, 60)
+"""steps, from 1, of which mean and median are compared"""
 COMPILED = {"compilation_config": {"mode": 3, "cudagraph_mode": "FULL_AND_PIECEWISE"}}
 FLAGS = {
     "ours": ("--rollout.engine.init_args.sleep", "off"),
@@ -109,7 +111,7 @@ def read(side: str, folder: Path) -> dict[str, Any]:
     rows = [r for r in logged if r.get("reward")]
     held_out = [(int(r["step"]), float(x)) for r in logged if (x := r.get("val/rewards/math_answer/mean"))]
     columns = {"seconds": "step_time", "reward": "reward", "correct": "rewards/math_answer/mean"}
-    columns["parity"] = "sampling/parity_mean"
+    columns |= {"parity": "sampling/parity_mean", "captures": "graphs/captures"}
     timed = [c for c in (rows[0] if rows else ()) if c.startswith("time/")]
     phases = {c.removeprefix("time/"): [float(r[c]) for r in rows if r[c]] for c in timed}
     return {"phases": phases, "held_out": held_out} | {
@@ -212,6 +214,21 @@ def phases(side: str, r: dict[str, Any]) -> list[str]:
     return [side, *(f"{medians[name]:.3f}" if name in medians else "-" for name in PHASES)]
 
 
+def steady(side: str, r: dict[str, Any]) -> list[str]:
+    """Returns a line on the steps of `STEADY`: how far a single one makes the mean differ from the median."""
+    first, last = STEADY
+    seconds = r["seconds"][first - 1 : last]
+    if not seconds:
+        return [side, *["-"] * 6]
+    mean, median = statistics.mean(seconds), statistics.median(seconds)
+    captures = [0.0, *r.get("captures", [])]  # after each step, since the start
+    before, within = captures[min(first, len(captures)) - 1], captures[: last + 1][-1]
+    return [
+        *(side, str(len(seconds)), f"{mean:.3f}", f"{median:.3f}", f"{mean / median:.2f}"),
+        *(f"{max(seconds):.3f}", f"{within - before:.0f} of {captures[-1]:.0f}" if captures[1:] else "-"),
+    ]
+
+
 def main() -> None:
     """Runs the sides and writes the result after each."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -267,6 +284,9 @@ def main() -> None:
             print(f"{side}: held-out accuracy by step", *(f"{step}: {x:.3f}" for step, x in r["held_out"]))
     print("\nmedian seconds of a step, by phase")
     print(table(("side", *PHASES), [phases(name, r) for name, r in sides.items()]))
+    print("\nsteps {} to {}; captures of CUDA graphs among them, and in the whole run".format(*STEADY))
+    header = ("side", "steps", "mean s", "median s", "mean / median", "longest s", "captures")
+    print(table(header, [steady(name, r) for name, r in sides.items()]))
 
 
 if __name__ == "__main__":

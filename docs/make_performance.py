@@ -191,11 +191,24 @@ head at 790 TFLOP/s.
 {steps()}
 Reading: a small model on short batches waits for launches, so few large micro-batches and few kernels count for more than fewer FLOP; `model.kernels.graphs`
 replays the decoder as CUDA graphs and takes the wait out (it is off in `auto`: the activations of a micro-batch stay allocated between steps, which the table does not
-count as peak). At 1.5B the GPU is busy without them. Compiled layers add nothing to the kernels here (an earlier run: 235 to 234 ms for a minute of warm-up).
+count as peak). The rows above were measured before sizes became few (below). At 1.5B the GPU is busy without them. Compiled layers add nothing to the kernels here (an earlier run: 235 to 234 ms for a minute of warm-up).
 
 Against the targets: 8x at 0.5B, 5x at 1.5B, 5x on long completions (against the padded layout in 8 parts; in 4 it does not fit; each other row of that table
 is cut into the fewest parts that fit, and says so; {latest("step-0.5B-long")["setting"]["date"]}) and 12x on long prompts are
 reached (9.5x, 8.3x, 7.5x, 13.7x at 0.5B and 12.5x at 1.5B), and so are 35 % of the floor rate at 0.5B (36 %) and 50 % at 1.5B (51 %).
+
+**Sizes of CUDA graphs.** A graph has one size, and the sizes of batches move: groups without signal are left out, completions become shorter. So the rows of a batch are filled up to 1, 2, 3, 4, 6, 8,
+10, 12, 14, 16, 20, ... times 1,024, prompts and completions each; a size runs without a graph when it comes for the first time and is captured when it comes again. Simulated, not measured: random
+rollouts in the sizes of two shipped configs, 40 seeds, with a capture at 0.3 s and a step without a graph at 0.13 s more than a replay, as measured here or estimated.
+
+| first 60 steps, simulated | sizes | captures in steps 5 to 60 | first times in steps 5 to 60 | rows run / rows needed | mean / median of the step time |
+|---|---|---|---|---|---|
+| `smollm2_arithmetic`, sizes before | 13.8 | 10.8 | (captured) | 1.2 | 1.35 |
+| `smollm2_arithmetic`, sizes now | 1.5 | 0.2 | 0.5 | 2.0 | 1.01 |
+| `smollm2_gsm8k`, sizes before | 17.9 | 14.7 | (captured) | 1.1 | 1.07 |
+| `smollm2_gsm8k`, sizes now | 10.7 | 8.1 | 8.1 | 1.2 | 1.05 |
+
+Measured with the sizes before, eight runs on sums: 10 to 13 captures in steps 5 to 60, mean / median 1.30 to 1.46. `bench_learning.py` prints mean, median and captures of these steps; the new sizes have not been measured yet.
 
 ## The LM head
 

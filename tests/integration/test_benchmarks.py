@@ -38,7 +38,7 @@ def test_learning(tmp_path):
             "--config",
             "configs/quickstart.yaml",
         ),
-        *("--model", model, "--sides", "HF", "--steps", "3", "--seed", "1", "--out", str(tmp_path)),
+        *("--model", model, "--sides", "HF", "--steps", "6", "--seed", "1", "--out", str(tmp_path)),
     ]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False, timeout=240)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -47,14 +47,27 @@ def test_learning(tmp_path):
     assert result["job"]["seed"] == 1
     side = result["sides"]["HF"]
     assert "failed" not in side, side["failed"]
-    assert len(side["seconds"]) == len(side["correct"]) == len(side["reward"]) == 3
+    assert len(side["seconds"]) == len(side["correct"]) == len(side["reward"]) == 6
     assert 0 < side["start_s"] < side["wall_s"]
     assert {"sync", "generate", "reward", "rollout"} <= set(side["phases"])
     rows = [line.split() for line in done.stdout.splitlines() if line.startswith("HF ")]
-    assert [r[1] for r in rows] == ["...", "3", rows[-1][1]]
-    sync, generate, reward, score, rollout, train = map(float, rows[-1][1:])
+    assert [r[1] for r in rows] == ["...", "6", rows[2][1], "2"]  # the last one is on steps 5 and 6
+    assert 0 < float(rows[3][2]) <= float(rows[3][5])
+    sync, generate, reward, score, rollout, train = map(float, rows[2][1:])
     assert sync + generate + reward + score == pytest.approx(rollout, abs=0.003)  # each is rounded
     assert train > 0
+
+
+def test_steady_steps(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    from bench_learning import steady
+
+    seconds = [9.0, 0.5, 0.5, 0.5, *[0.1] * 54, 0.3, 0.2, 7.0]  # steps 1 to 61
+    captures = [0, 0, 1, 2, *[2] * 54, 3, 3, 4]
+    found = steady("ours", {"seconds": seconds, "captures": list(map(float, captures))})
+    assert found == ["ours", "56", "0.105", "0.100", "1.05", "0.300", "1 of 4"]
+    assert steady("TRL", {"seconds": seconds[:5]}) == ["TRL", "1", "0.100", "0.100", "1.00", "0.100", "-"]
+    assert steady("TRL", {"seconds": seconds[:4]})[1] == "-"
 
 
 def test_a_shipped_config_on_random_weights(tmp_path):

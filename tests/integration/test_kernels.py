@@ -227,14 +227,25 @@ def test_filling_changes_nothing():
     layout = PackedLayout.of(*ends, segments=True, filled=True)
     assert len(layout.shared.order) > batch.num_tokens
 
-    policy.graphs, policy.prepared.chosen = (
-        NoGraph(policy),
-        {**policy.prepared.chosen, "graphs": True, "attention": True},
-    )
+    fill_up(policy)
     _say_once.cache_clear()
     with pytest.warns(UserWarning, match="float32 on cpu"):
         got = policy.logprobs(batch)
     torch.testing.assert_close(got.logprobs, want.logprobs, atol=1e-5, rtol=0)
+
+
+def fill_up(policy):
+    policy.graphs = NoGraph(policy)
+    policy.prepared.chosen = {**policy.prepared.chosen, "graphs": True, "attention": True}
+
+
+@pytest.mark.filterwarnings("ignore:attention runs group by group")
+def test_the_first_gradient_that_is_compared_is_that_of_a_replay():
+    """The first batch of a shape runs without a graph."""
+    policy, batch = lora_policy(), random_rollout(seed=4)
+    fill_up(policy)
+    assert first_step_distance(policy, batch)["check/gradient_distance"] < 1e-3
+    assert policy.graphs.calls == 2
 
 
 def test_parameters_can_stand_in_for_others():
