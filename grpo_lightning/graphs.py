@@ -44,6 +44,8 @@ class Graphs:
         self.captures = 0
         self._decoder = decoder
         self._params = {n: p for n, p in decoder.named_parameters() if p.requires_grad}
+        # frozen ones too: an engine that shares them may lay them elsewhere
+        self._read = [*decoder.parameters(), *decoder.buffers()]
         self._known: set[Shape] = set()  # have run forward and backward without a graph
         self._captured: dict[Shape, _Captured] = {}  # the last one used at the end
         self._addresses: list[int] = []
@@ -55,7 +57,7 @@ class Graphs:
 
         The decoder is called for the first batch of a shape, and while the backward of a replay is to come.
         """
-        addresses = [p.data_ptr() for p in self._params.values()]
+        addresses = [x.data_ptr() for x in self._read]
         if addresses != self._addresses:
             self.forget()
             self._addresses = addresses

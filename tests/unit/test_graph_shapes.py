@@ -17,6 +17,8 @@ class Decoder(nn.Module):
     def __init__(self):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(1))
+        self.frozen = nn.Parameter(torch.ones(1), requires_grad=False)
+        self.register_buffer("frequencies", torch.ones(1))
         self.calls = 0
 
     def forward(self, input_ids, position_ids, use_cache, layout):
@@ -100,11 +102,13 @@ def test_the_graphs_used_last_are_kept(decoder, monkeypatch):
     assert (decoder.calls, graphs.captures, len(graphs._captured)) == (3, 4, 2)
 
 
-def test_parameters_at_other_addresses_need_other_graphs(decoder):
+@pytest.mark.parametrize("name", ["weight", "frozen", "frequencies"])
+def test_tensors_at_other_addresses_need_other_graphs(decoder, name):
+    """An engine that shares the base may lay its weights elsewhere."""
     graphs = Graphs(decoder)
     step(graphs, 50)
     step(graphs, 50)
-    decoder.weight.data = torch.ones(1)
+    getattr(decoder, name).data = torch.ones(1)
     step(graphs, 50)
     assert (decoder.calls, graphs.captures) == (2, 1)
     assert graphs._captured == {}
