@@ -121,10 +121,16 @@ def _convert(path: Path, folder: Path) -> None:
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".converting-") as scratch:
         model.save_pretrained(scratch)
         tokenizer.save_pretrained(scratch)
-        shutil.copytree(scratch, staged := f"{scratch}-done")
-        if folder.is_dir() and not (folder / "config.json").is_file():  # what an older version left half done
-            shutil.rmtree(folder)
-        try:
-            os.replace(staged, folder)
-        except OSError:  # another process finished first; its folder holds the same files
-            shutil.rmtree(staged)
+        _publish(Path(scratch), folder)
+
+
+def _publish(scratch: Path, folder: Path) -> None:
+    """Puts a copy of `scratch` where `folder` is to be, whole, unless another process has done so."""
+    staged = scratch.with_name(f"{scratch.name}-done")
+    shutil.copytree(scratch, staged)
+    if folder.is_dir() and not (folder / "config.json").is_file():  # left by a process that was ended
+        shutil.rmtree(folder)
+    try:
+        os.replace(staged, folder)
+    except OSError:  # another process finished first; its folder holds the same files
+        shutil.rmtree(staged)

@@ -312,7 +312,7 @@ def test_overlays_for_engines_parse_on_top_of_qwen(tmp_path, overlay):
 
 def test_every_overlay_parses_on_top_of_the_quickstart(tmp_path):
     """What each means is tested in test_docs.py."""
-    corrections = sorted((ROOT / "configs" / "correction").glob("*.yaml"))
+    corrections = sorted((ROOT / "configs").glob("[cp]*/*.yaml"))
     overlays = corrections + sorted((ROOT / "configs" / "loss").glob("*.yaml"))
     shown = printed(tmp_path, "configs/quickstart.yaml", *overlays)
     assert len(overlays) >= 30

@@ -2,6 +2,7 @@ import importlib.util
 
 import pytest
 
+from grpo_lightning import models
 from grpo_lightning.errors import ConfigError
 from grpo_lightning.models import EMBEDDED_MODEL, cache_root, resolve_model
 
@@ -38,3 +39,18 @@ def test_reading_gguf_without_gguf_names_the_extra(tmp_path, monkeypatch):
         resolve_model(str(tmp_path / "w.gguf"))
     assert cache_root() == tmp_path / "cache"
     assert not list(tmp_path.glob("cache/models/*"))
+
+
+@pytest.mark.parametrize("there", ["nothing", "half", "whole"])
+def test_a_conversion_never_takes_away_what_another_process_reads(tmp_path, there):
+    """Processes that converted one file at the same time removed each other's folders (seen on a GPU)."""
+    scratch, folder = tmp_path / ".converting-x", tmp_path / "model"
+    scratch.mkdir()
+    (scratch / "config.json").write_text("mine")
+    if there != "nothing":
+        folder.mkdir()
+        (folder / ("config.json" if there == "whole" else "weights")).write_text("theirs")
+    models._publish(scratch, folder)
+    assert (folder / "config.json").read_text() == ("theirs" if there == "whole" else "mine")
+    assert not (folder / "weights").exists()
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".converting-x", "model"]
