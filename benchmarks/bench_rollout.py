@@ -5,6 +5,10 @@ unmerged» is the way of trainers that merge into their own model, load everythi
 re-typed here, the loading is vLLM's.
 
     python benchmarks/bench_rollout.py --shape 0.5B --out $OUT
+    python benchmarks/bench_rollout.py --shape 0.5B --turns merge adapter --out $OUT
+
+`--turns` keeps engines of several kinds in one process and lets them decode in turns: decoding waits for the
+host, whose speed moves.
 """
 
 import argparse
@@ -166,11 +170,73 @@ def one(kind: str, folder: str, small: bool, repeats: int) -> dict[str, Any]:
     return row | {"memory_gib": memory, "sleep": engine.sleep_mode}
 
 
+def in_turns(kinds: list[str], folder: str, small: bool, repeats: int) -> dict[str, Any]:
+    """Returns starts, syncs and rates of engines of all `kinds` in one process, which decode in turns."""
+    cuda = torch.cuda.is_available()
+    settings = {"dtype": torch.bfloat16, "attn_implementation": "sdpa"}
+    lora = lora_config({"r": 32, "lora_alpha": 64, "target_modules": LINEAR})
+    tokenizer = SimpleNamespace(eos_token_id=1, pad_token_id=0)
+    policy = load_policy(folder, tokenizer, lora=lora, model_kwargs=settings, gradient_checkpointing=False)
+    policy = policy.to("cuda" if cuda else "cpu")
+    move(policy, 1)
+    length = 8 if small else 256
+    sampling = SamplingParams(max_tokens=length, extra={"min_tokens": length})
+    context = EngineContext(policy=policy, model_path=folder, max_model_len=32 + length, sampling=sampling)
+    engines: dict[str, VLLMEngine] = {}
+    found: dict[str, Any] = {"start_s": {}, "sync_ms": {}, "rates": {}}
+    for kind in kinds:
+        room = {"gpu_memory_utilization": 0.15, "kv_cache_memory_bytes": 10 << 30} if cuda else {}
+        engine = VLLMEngine(
+            sync=kind, max_num_seqs=16 if small else 512, sleep="off", share_base="off", **room
+        )
+        began = time.perf_counter()
+        engine.start(context)
+        found["start_s"][kind] = time.perf_counter() - began
+        times = []
+        for version in range(12):
+            began = time.perf_counter()
+            engine.sync(policy, version)
+            times.append(1e3 * (time.perf_counter() - began))
+        found["sync_ms"][kind] = statistics.median(times)
+        engines[kind] = engine
+    draw = torch.Generator().manual_seed(1)
+    prompts = torch.randint(3, policy.causal.config.vocab_size, (64, 24), generator=draw).tolist()
+    for count in (8, 16) if small else (512, 128, 32, 8):
+        rates: dict[str, list[float]] = {kind: [] for kind in kinds}
+        for i in range(repeats + 1):
+            for kind in kinds[i % len(kinds) :] + kinds[: i % len(kinds)]:
+                group = max(1, count // len(prompts))
+                asked = [
+                    Request(prompt_ids=p, seeds=sample_seeds(0, i, j, group), uid=j)
+                    for j, p in enumerate(prompts[:count])
+                ]
+                began = time.perf_counter()
+                out = engines[kind].generate(asked, sampling)
+                tokens = sum(len(c.token_ids) for g in out for c in g)
+                if i:
+                    rates[kind].append(tokens / (time.perf_counter() - began))
+        found["rates"][str(count)] = rates
+    return found
+
+
+def print_turns(found: dict[str, Any]) -> None:
+    """Prints the rates of each kind, by completions at a time, and how they compare with the first kind's."""
+    kinds = list(found["start_s"])
+    rows = []
+    for count, rates in found["rates"].items():
+        medians = {kind: statistics.median(rates[kind]) for kind in kinds}
+        rows += [[count, *(f"{m:.0f} ({m / medians[kinds[0]]:.3f})" for m in medians.values())]]
+    for name, unit in (("start_s", "s"), ("sync_ms", "ms")):
+        rows.append([name.split("_")[0], *(f"{found[name][kind]:.1f} {unit}" for kind in kinds)])
+    print(table(("completions at a time", *kinds), rows))
+
+
 def main() -> None:
     """Measures every kind in a process of its own and writes the result."""
     options = parser(__doc__, repeats=3)
     options.add_argument("--shape", default="0.5B", choices=list(SHAPES))
     options.add_argument("--kinds", nargs="+", default=list(ROWS))
+    options.add_argument("--turns", nargs="+", default=None, help="kinds that decode in turns in one process")
     options.add_argument("--one", default=None, help=argparse.SUPPRESS)
     options.add_argument("--folder", default=None, help=argparse.SUPPRESS)
     args = options.parse_args()
@@ -182,6 +248,13 @@ def main() -> None:
     rows: dict[str, dict[str, Any]] = {}
     with tempfile.TemporaryDirectory() as folder:
         save_model(shape, Path(folder))
+        if args.turns:
+            found = in_turns(args.turns, folder, args.small, args.repeats)
+            if not args.small:
+                result = {"setting": setting(device), "shape": shape, "repeats": args.repeats, **found}
+                save(f"rollout-turns-{shape}", result, args.out)
+            print_turns(found)
+            return
         for kind in args.kinds:
             command = [sys.executable, __file__, "--one", kind, "--folder", folder]
             command += ["--repeats", str(args.repeats)] + (["--small"] if args.small else [])
