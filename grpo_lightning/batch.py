@@ -46,7 +46,8 @@ class LossTotals:
     entropy_tokens: int = 0
     """tokens that `entropy_keep` keeps"""
     micro_batches: int = 1
-    """K * W: accumulated micro-batches times ranks; Lightning and DDP divide the returned loss by it"""
+    """K * W: accumulated micro-batches times ranks; Lightning and DDP divide the returned loss by it, and
+    `GRPOModule` takes it from its Trainer"""
     empty_micro_batches: int = 0
     """those of them without a token; a mean over micro-batches is over the others"""
 

@@ -25,7 +25,7 @@ from grpo_lightning.ops import policy_loss
 from grpo_lightning.reference import ReferenceConfig
 from grpo_lightning.samples import PromptBatch
 from grpo_lightning.stats import Stat, combine, extreme, mean
-from grpo_lightning.verification import engine_distance, first_step_distance
+from grpo_lightning.verification import check_totals, engine_distance, first_step_distance
 
 if TYPE_CHECKING:
     from grpo_lightning.policy import Policy
@@ -38,7 +38,9 @@ def _adamw(params: Any) -> torch.optim.Optimizer:
 class GRPOModule(pl.LightningModule):
     """Trains a causal language model on rollouts.
 
-    A batch is a `RolloutBatch`, or a `PromptBatch` into which a callback has put one. Weights are loaded in
+    A batch is a `PromptBatch` into which a callback has put a `RolloutBatch`, or one of the parts that
+    `RolloutBatch.split` cuts the batch of an optimizer step into, as many on every rank as the Trainer
+    accumulates. Weights are loaded in
     `configure_model`, after data and options have been checked.
 
     Args:
@@ -209,7 +211,7 @@ class GRPOModule(pl.LightningModule):
 
     def training_step(self, batch: RolloutBatch | PromptBatch, batch_idx: int) -> Tensor:
         """Returns this micro-batch's share of the loss, scaled for Lightning's and DDP's averages."""
-        rollout = self.score(_rollout_of(batch), old=False)
+        rollout = self.score(self._counted(_rollout_of(batch)), old=False)
         if not self._verified:
             self._verify(rollout)
         weights: Weights = {"kl_coef": self.coefficients.kl, "entropy_coef": self.coefficients.entropy}
@@ -245,11 +247,17 @@ class GRPOModule(pl.LightningModule):
             assert self.policy.reference_copy is not None
             self.policy.reference_copy.mix(self.policy.trainable(), self.reference.ema_alpha)
 
+    def _counted(self, rollout: RolloutBatch) -> RolloutBatch:
+        """Returns the batch with the number of micro-batches over which Lightning and DDP average the loss."""
+        averaged = self.trainer.accumulate_grad_batches * self.trainer.world_size
+        return replace(rollout, totals=replace(rollout.totals, micro_batches=averaged))
+
     def _rollout_stats(self, rollout: RolloutBatch, logprobs: Tensor) -> dict[str, Stat]:
         lag = self.global_step - rollout.policy_version
         stats = {
             "rollout/policy_lag": mean(float(lag), 1.0),
             "rollout/window_tokens": extreme("max", float(rollout.totals.tokens)),
+            "rollout/loss_tokens": extreme("sum", float(sum(rollout.lengths))),
         }
         if lag == 0 and rollout.old_logprobs is not None and len(logprobs):
             error = ((logprobs - rollout.old_logprobs).exp() - 1).abs().max()
@@ -268,6 +276,7 @@ class GRPOModule(pl.LightningModule):
                 f"the loss of optimizer step {self.global_step} is not finite; lower the learning rate, "
                 "raise clipping (trainer.gradient_clip_val), or inspect the rollout with rollout.record_to"
             )
+        check_totals(metrics, self.global_step)
         metrics |= self.coefficients.metrics()
         self.coefficients.step(metrics)
         self.window_metrics = metrics

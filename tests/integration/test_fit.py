@@ -326,20 +326,6 @@ def test_a_stale_engine_is_an_error(model_folder, tmp_path, monkeypatch):
         trainer(tmp_path, rollout()).fit(module(model_folder), data())
 
 
-def test_module_trains_on_plain_rollout_batches(model_folder, tmp_path):
-    from models import random_rollout
-
-    class Fixed(list):
-        pass
-
-    m = module(model_folder)
-    loader = Fixed([random_rollout(seed=i) for i in range(3)])
-    trainer(tmp_path).fit(m, loader)
-    assert len([r for r in rows_of(tmp_path) if r["loss"]]) == 3
-    with pytest.raises(ConfigError, match="add RolloutCallback"):
-        trainer(tmp_path / "b").fit(module(model_folder), data())
-
-
 class Unsized:
     """A loader that Lightning would read one batch ahead."""
 
