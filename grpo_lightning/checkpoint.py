@@ -12,7 +12,7 @@ from grpo_lightning.ops.filling import Region, Shape
 if TYPE_CHECKING:
     from grpo_lightning.module import GRPOModule
 
-FORMAT = 2
+FORMAT = 3
 
 
 def save(module: "GRPOModule", checkpoint: dict[str, Any]) -> None:
@@ -30,6 +30,7 @@ def save(module: "GRPOModule", checkpoint: dict[str, Any]) -> None:
     )
     if module.policy.is_lora:
         ours["adapter_config"] = module.policy.adapter_config()
+        ours["adapter_names"] = module.policy.adapter_names()
 
 
 def load(module: "GRPOModule", checkpoint: dict[str, Any]) -> None:

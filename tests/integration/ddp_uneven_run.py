@@ -101,7 +101,9 @@ def trained(folder, root, ranks, k, name, whole):
         use_distributed_sampler=False,
     )
     parts = [p for batch in whole for p in batch.split(k * ranks, whole_groups=name == "real")]
-    t.fit(module(folder, loss=LossConfig(name), optimizer=sgd), DataLoader(parts[RANK::ranks], batch_size=None))
+    t.fit(
+        module(folder, loss=LossConfig(name), optimizer=sgd), DataLoader(parts[RANK::ranks], batch_size=None)
+    )
     return seen.found
 
 
