@@ -248,7 +248,7 @@ class GRPOModule(pl.LightningModule):
             self.policy.reference_copy.mix(self.policy.trainable(), self.reference.ema_alpha)
 
     def _counted(self, rollout: RolloutBatch) -> RolloutBatch:
-        """Returns the batch with the number of micro-batches over which Lightning and DDP average the loss."""
+        """Returns the batch with the number of micro-batches that Lightning and DDP average over."""
         averaged = self.trainer.accumulate_grad_batches * self.trainer.world_size
         return replace(rollout, totals=replace(rollout.totals, micro_batches=averaged))
 
