@@ -146,8 +146,9 @@ class Policy(nn.Module):
             *self.model.named_parameters(remove_duplicate=False),
             *self.model.named_buffers(remove_duplicate=False),
         )
-        names: Any = {name: own[id(x)] for name, x in theirs}  # peft looks at the names alone
-        return get_peft_model_state_dict(self.model, state_dict=names, save_embedding_layers=False)
+        names: Any = {name: own[id(x)] for name, x in theirs}  # peft looks at the keys alone
+        found: Any = get_peft_model_state_dict(self.model, state_dict=names, save_embedding_layers=False)
+        return found
 
     def _apply(self, fn: Any, recurse: bool = True) -> "Policy":
         """Keeps in fp32 what `bf16-true` would round: adapters, in whose weights small updates vanish, and

@@ -146,8 +146,8 @@ def check_totals(metrics: Mapping[str, float], step: int) -> None:
     if held > counted:
         raise ConfigError(
             f"the micro-batches of optimizer step {step} hold {held:.0f} tokens, but "
-            f"RolloutBatch.totals.tokens is {counted:.0f}; it must count all of them, over all ranks. Pack the optimizer step as one "
-            "RolloutBatch (totals of several ranks: all_reduce_totals), cut it with "
+            f"RolloutBatch.totals.tokens is {counted:.0f}; it must count all of them, over all ranks. "
+            "Pack the optimizer step as one RolloutBatch (totals of several ranks: all_reduce_totals), cut it with "
             "split(accumulate_grad_batches), and feed its parts in order, without a shuffling sampler"
         )
 

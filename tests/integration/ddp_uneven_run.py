@@ -9,7 +9,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from fits import ROWS, long, module, rollout, sgd, trainer
+from fits import ROWS, module, rollout, sgd, trainer
 from lightning.pytorch.callbacks import Callback
 from models import random_rollout
 from torch.utils.data import DataLoader

@@ -1,5 +1,5 @@
-"""A `GRPOModule` that is fed `RolloutBatch` objects, without a callback: the gradient does not depend on how the
-batch of an optimizer step is cut."""
+"""A `GRPOModule` that is fed `RolloutBatch` objects, without a callback: its gradient does not depend on how
+the batch of an optimizer step is cut."""
 
 from dataclasses import replace
 
