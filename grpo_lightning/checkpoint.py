@@ -8,6 +8,7 @@ from torch import Tensor
 from grpo_lightning.errors import ConfigError
 from grpo_lightning.lora import lora_identity
 from grpo_lightning.ops.filling import Region, Shape
+from grpo_lightning.weight_dtypes import check_saved
 
 if TYPE_CHECKING:
     from grpo_lightning.module import GRPOModule
@@ -51,6 +52,8 @@ def load(module: "GRPOModule", checkpoint: dict[str, Any]) -> None:
         raise ConfigError(
             f"--ckpt_path: weights do not match, e.g. {sorted(missing)[0]}; same model and lora?"
         )
+    if module._trainer is not None and module.trainer.state.fn == "fit":  # an evaluation may round
+        check_saved(checkpoint["state_dict"], module.policy.trainable())
     module.policy.graph_shapes[:] = [
         Shape(*(Region(*region) for region in shape)) for shape in theirs.get("graph_shapes", ())
     ]

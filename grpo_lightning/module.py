@@ -26,6 +26,7 @@ from grpo_lightning.reference import ReferenceConfig
 from grpo_lightning.samples import PromptBatch
 from grpo_lightning.stats import Stat, combine, extreme, mean
 from grpo_lightning.verification import check_totals, engine_distance, first_step_distance
+from grpo_lightning.weight_dtypes import WeightsChanged, check_precision, check_trained
 
 if TYPE_CHECKING:
     from grpo_lightning.policy import Policy
@@ -96,6 +97,7 @@ class GRPOModule(pl.LightningModule):
         self._verified = False
         self.policy: Policy = cast("Policy", None)
         self.strict_loading = False  # checkpoints hold only what trains; `on_load_checkpoint` checks the rest
+        self._changed = WeightsChanged({})
         self._window: list[Mapping[str, Stat]] = []
         self.window_metrics: dict[str, float] = {}
         """what the loss of the latest optimizer step logged"""
@@ -120,6 +122,8 @@ class GRPOModule(pl.LightningModule):
                 "it must be true, false or offload"
             )
         check_quantization(self.quantization, self.lora)
+        if stage == "fit" and self._trainer is not None:
+            check_precision(self.trainer.precision, self.lora, self.model_kwargs)
 
     @property
     def model_path(self) -> str:
@@ -177,7 +181,10 @@ class GRPOModule(pl.LightningModule):
 
     def configure_optimizers(self) -> Any:
         """Returns the optimizer over what trains, and the scheduler, stepped once per optimizer step."""
-        optimizer = self.make_optimizer(self.policy.trainable().values())  # pyright: ignore[reportArgumentType]
+        trained = self.policy.trainable()
+        check_trained(trained, self.model_kwargs)
+        self._changed = WeightsChanged(trained)
+        optimizer = self.make_optimizer(trained.values())  # pyright: ignore[reportArgumentType]
         if self.make_scheduler is None:
             return optimizer
         return {
@@ -242,7 +249,9 @@ class GRPOModule(pl.LightningModule):
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """Steps, and lets the reference follow; here, so that a checkpoint of this step holds both."""
-        super().optimizer_step(*args, **kwargs)
+        with self._changed.step(self.trainer.optimizers) as found:
+            super().optimizer_step(*args, **kwargs)
+        log_numbers(self, found)
         if self.reference is not None and (self.global_step + 1) % self.reference.ema_every == 0:
             assert self.policy.reference_copy is not None
             self.policy.reference_copy.mix(self.policy.trainable(), self.reference.ema_alpha)

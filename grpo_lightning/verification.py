@@ -147,8 +147,8 @@ def check_totals(metrics: Mapping[str, float], step: int) -> None:
         raise ConfigError(
             f"the micro-batches of optimizer step {step} hold {held:.0f} tokens, but "
             f"RolloutBatch.totals.tokens is {counted:.0f}; it must count all of them, over all ranks. "
-            "Pack the optimizer step as one RolloutBatch (totals of several ranks: all_reduce_totals), cut it with "
-            "split(accumulate_grad_batches), and feed its parts in order, without a shuffling sampler"
+            "Pack the optimizer step as one RolloutBatch (totals of several ranks: all_reduce_totals), cut "
+            "it with split(accumulate_grad_batches), and feed its parts in order, not shuffled"
         )
 
 
