@@ -45,9 +45,7 @@ def test_an_evaluation_in_16_bits_is_not(model_folder, tmp_path):
 
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
-def test_ten_steps_of_1e_6_change_fp32_weights(
-    model_folder, tmp_path, precision, recwarn
-):
+def test_ten_steps_of_1e_6_change_fp32_weights(model_folder, tmp_path, precision, recwarn):
     assert changed(model_folder, tmp_path, full(model_folder), precision=precision) > 0.9
     assert "train/weights_changed" not in rows_of(tmp_path)[0]
     assert not [w for w in recwarn if "weights_changed" in str(w.message)]
