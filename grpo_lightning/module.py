@@ -56,7 +56,8 @@ class GRPOModule(pl.LightningModule):
             keeps the layers' inputs in host memory (Unsloth's "unsloth").
         disable_dropout: switch the model's dropout off; with dropout the ratio is not 1 on the first pass.
         trust_remote_code: run Python code that comes with the model.
-        model_kwargs: passed to `from_pretrained`, e.g. {dtype: bfloat16, revision: main}.
+        model_kwargs: passed to `from_pretrained`, e.g. {dtype: bfloat16, revision: main}; with lora null a
+            16-bit dtype loses small updates: see train/weights_changed.
         tokenizer: name or folder of another tokenizer; null takes the model's.
         logprob_chunk_rows: rows that go through the vocabulary at one time; null takes what fits a budget.
         kernels: which fast paths run.

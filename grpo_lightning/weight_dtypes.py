@@ -34,7 +34,7 @@ def check_precision(precision: Any, lora: Any, model_kwargs: Mapping[str, Any]) 
     if lora is None and precision in TRUE_16 and not asked_for_16_bits(model_kwargs):
         raise ConfigError(
             f"trainer.precision is {precision!r} and model.lora is null: the only weights would be kept in "
-            "16 bits, where small updates vanish (98 % of them at a learning rate of 1e-6); "
+            "16 bits, where small updates vanish (at a learning rate of 1e-6 nearly all of them); "
             f"set trainer.precision to {TRUE_16[precision]}, which computes in 16 bits on fp32 weights"
         )
 

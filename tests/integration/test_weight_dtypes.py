@@ -142,3 +142,18 @@ def test_only_a_few_short_tensors_are_watched():
     assert 1 <= len(watched) <= 8
     assert all(p.dtype == torch.bfloat16 for p in watched)
     assert WeightsChanged({"long": params["long"]}).watched == []
+
+
+def test_whole_modules_resume_bitwise(model_folder, tmp_path):
+    """Their fp32 weights are the only ones: a checkpoint holds them as they are."""
+    lora = {"r": 4, "target_modules": ["q_proj"], "modules_to_save": ["lm_head", "norm"]}
+
+    def run(root, **resume):
+        m = module(model_folder, lora=lora, optimizer=adamw(1e-4))
+        saver = ModelCheckpoint(root, filename="{step}", every_n_train_steps=1, save_top_k=-1)
+        trainer(root, rollout(), saver, max_steps=2, precision="bf16-true").fit(m, data(), **resume)
+        return weights(m)
+
+    whole = run(tmp_path / "whole")
+    rest = run(tmp_path / "rest", ckpt_path=tmp_path / "whole" / "step=1.ckpt")
+    assert all(w.dtype == torch.float32 and torch.equal(w, rest[n]) for n, w in whole.items())
