@@ -23,7 +23,7 @@ from grpo_lightning.losses import RECIPES, LossConfig
 from grpo_lightning.ops import policy_loss_grad
 from grpo_lightning.ops.policy_loss_triton import why_not
 
-REQUIRED = {"dppo_kl": {"dppo_low": 0.05, "dppo_high": 0.05}, "dro": {"dro_coef": 0.1}}
+REQUIRED = {"dro": {"dro_coef": 0.1}}
 
 
 def figure(row: dict[str, Any]) -> str:
@@ -48,7 +48,6 @@ def main() -> None:
         ref_logprobs=logprobs + 0.1 * torch.randn(n, device=device),
         sampler_logprobs=logprobs + 0.01 * torch.randn(n, device=device),
         selected=torch.rand(n, device=device) < 0.01,
-        totals=replace(batch.totals, two_class_groups=len(batch.prompt_lengths)),
     )
     runs: dict[str, Any] = {}
     for name in RECIPES:

@@ -23,7 +23,6 @@ from grpo_lightning.packing import (
     members_of,
     row_starts,
     select,
-    two_class_groups,
 )
 from grpo_lightning.samples import Completion, Truncation
 
@@ -41,12 +40,11 @@ class LossTotals:
     """groups with at least one trainable token"""
     max_tokens: int
     """longest completion that sampling allows"""
-    two_class_groups: int = 0
-    """groups with advantages above 0 and others, for losses that compare the two"""
     entropy_tokens: int = 0
     """tokens that `entropy_keep` keeps"""
     micro_batches: int = 1
-    """K * W: accumulated micro-batches times ranks; Lightning and DDP divide the returned loss by it"""
+    """K * W: accumulated micro-batches times ranks; Lightning and DDP divide the returned loss by it, and
+    `GRPOModule` takes it from its Trainer"""
     empty_micro_batches: int = 0
     """those of them without a token; a mean over micro-batches is over the others"""
 
@@ -239,11 +237,9 @@ class RolloutBatch:
 
     def all_reduce_totals(self, all_sum: Callable[[Tensor], Tensor], micro_batches: int) -> "RolloutBatch":
         """Returns the window with the counts of all ranks; `all_sum` adds an int64 vector over ranks."""
-        names = ("tokens", "sequences", "groups", "two_class_groups", "empty_micro_batches")
-        both = two_class_groups(self.host_groups, self.lengths, self.advantages.tolist())
-        local = replace(self.totals, two_class_groups=both)
-        sums = all_sum(torch.tensor([getattr(local, name) for name in names], dtype=torch.int64)).tolist()
-        totals = replace(local, **dict(zip(names, sums, strict=True)), micro_batches=micro_batches)
+        names = ("tokens", "sequences", "groups", "empty_micro_batches")
+        sums = all_sum(torch.tensor([getattr(self.totals, n) for n in names], dtype=torch.int64)).tolist()
+        totals = replace(self.totals, **dict(zip(names, sums, strict=True)), micro_batches=micro_batches)
         return replace(self, totals=totals)
 
     def unshared(self) -> "RolloutBatch":

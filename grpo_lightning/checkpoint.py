@@ -7,11 +7,12 @@ from torch import Tensor
 
 from grpo_lightning.errors import ConfigError
 from grpo_lightning.lora import lora_identity
+from grpo_lightning.weight_dtypes import check_saved
 
 if TYPE_CHECKING:
     from grpo_lightning.module import GRPOModule
 
-FORMAT = 2
+FORMAT = 3
 
 
 def save(module: "GRPOModule", checkpoint: dict[str, Any]) -> None:
@@ -28,6 +29,7 @@ def save(module: "GRPOModule", checkpoint: dict[str, Any]) -> None:
     )
     if module.policy.is_lora:
         ours["adapter_config"] = module.policy.adapter_config()
+        ours["adapter_names"] = module.policy.adapter_names()
 
 
 def load(module: "GRPOModule", checkpoint: dict[str, Any]) -> None:
@@ -48,6 +50,8 @@ def load(module: "GRPOModule", checkpoint: dict[str, Any]) -> None:
         raise ConfigError(
             f"--ckpt_path: weights do not match, e.g. {sorted(missing)[0]}; same model and lora?"
         )
+    if module._trainer is not None and module.trainer.state.fn == "fit":  # an evaluation may round
+        check_saved(checkpoint["state_dict"], module.policy.trainable())
     for name, w in (_reference_weights(module) or {}).items():
         if not theirs["reference"]:
             raise ConfigError(

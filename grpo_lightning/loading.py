@@ -9,6 +9,7 @@ from grpo_lightning.errors import ConfigError
 from grpo_lightning.lora import check_lora
 from grpo_lightning.ops.offload import Offloader
 from grpo_lightning.policy import Policy, unwrap
+from grpo_lightning.weight_dtypes import keep_copies_in_fp32
 
 
 def load_policy(
@@ -63,6 +64,7 @@ def load_policy(
 
         check_lora(lora)
         model = get_peft_model(causal, lora)
+        keep_copies_in_fp32(model)
         if hasattr(causal.get_output_embeddings(), "lora_A"):
             raise ConfigError(
                 "model.lora puts an adapter on the LM head, whose product never exists as a whole; leave it "

@@ -1,5 +1,6 @@
 """peft's LoraConfig: made from a mapping, checked, compared. Imports peft only where one is made."""
 
+import json
 from collections.abc import Mapping
 from importlib.util import find_spec
 from typing import Any
@@ -8,18 +9,22 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from grpo_lightning.errors import ConfigError, choices
 
-IDENTITY = (
-    "r",
-    "lora_alpha",
-    "target_modules",
-    "modules_to_save",
-    "init_lora_weights",
-    "rank_pattern",
-    "alpha_pattern",
-    "use_rslora",
-    "use_dora",
+BOOKKEEPING = frozenset(
+    {
+        "task_type",
+        "peft_type",
+        "auto_mapping",
+        "peft_version",
+        "base_model_name_or_path",
+        "revision",
+        "inference_mode",
+        "lora_dropout",  # of the training forward alone
+        "runtime_config",
+        "megatron_config",
+        "megatron_core",
+    }
 )
-"""fields of a LoraConfig that decide which policy an adapter's weights are"""
+"""fields of a LoraConfig that do not change which policy an adapter's weights are; all others do"""
 
 
 def lora_config(lora: Any) -> Any:
@@ -79,8 +84,19 @@ def starts_as_base(lora: Any) -> bool:
 
 
 def lora_identity(lora: Any) -> dict[str, Any] | None:
-    """Returns what must not change between a checkpoint and the run that resumes it."""
+    """Returns what must not change between a checkpoint and the run that resumes it.
+
+    As plain types, and without what is at its default: a field that a later peft adds changes nothing.
+    """
     if lora is None:
         return None
-    values = {name: getattr(lora, name, None) for name in IDENTITY}
-    return {k: sorted(v) if isinstance(v, set | list) else v for k, v in values.items()}
+    from peft import LoraConfig
+
+    usual = LoraConfig().to_dict()
+    values = {k: v for k, v in lora.to_dict().items() if k not in BOOKKEEPING and v != usual.get(k)}
+    return {k: _plain(v) for k, v in values.items()}
+
+
+def _plain(value: Any) -> Any:
+    names = isinstance(value, list) and all(isinstance(x, str) for x in value)
+    return json.loads(json.dumps(sorted(value) if names else value, default=sorted))

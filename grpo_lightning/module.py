@@ -25,7 +25,8 @@ from grpo_lightning.ops import policy_loss
 from grpo_lightning.reference import ReferenceConfig
 from grpo_lightning.samples import PromptBatch
 from grpo_lightning.stats import Stat, combine, extreme, mean
-from grpo_lightning.verification import engine_distance, first_step_distance
+from grpo_lightning.verification import check_totals, engine_distance, first_step_distance
+from grpo_lightning.weight_dtypes import WeightsChanged, check_precision, check_trained
 
 if TYPE_CHECKING:
     from grpo_lightning.policy import Policy
@@ -38,7 +39,9 @@ def _adamw(params: Any) -> torch.optim.Optimizer:
 class GRPOModule(pl.LightningModule):
     """Trains a causal language model on rollouts.
 
-    A batch is a `RolloutBatch`, or a `PromptBatch` into which a callback has put one. Weights are loaded in
+    A batch is a `PromptBatch` into which a callback has put a `RolloutBatch`, or one of the parts that
+    `RolloutBatch.split` cuts the batch of an optimizer step into, as many on every rank as the Trainer
+    accumulates. Weights are loaded in
     `configure_model`, after data and options have been checked.
 
     Args:
@@ -53,7 +56,8 @@ class GRPOModule(pl.LightningModule):
             keeps the layers' inputs in host memory (Unsloth's "unsloth").
         disable_dropout: switch the model's dropout off; with dropout the ratio is not 1 on the first pass.
         trust_remote_code: run Python code that comes with the model.
-        model_kwargs: passed to `from_pretrained`, e.g. {dtype: bfloat16, revision: main}.
+        model_kwargs: passed to `from_pretrained`, e.g. {dtype: bfloat16, revision: main}; with lora null a
+            16-bit dtype loses small updates: see train/weights_changed.
         tokenizer: name or folder of another tokenizer; null takes the model's.
         logprob_chunk_rows: rows that go through the vocabulary at one time; null takes what fits a budget.
         kernels: which fast paths run.
@@ -94,6 +98,7 @@ class GRPOModule(pl.LightningModule):
         self._verified = False
         self.policy: Policy = cast("Policy", None)
         self.strict_loading = False  # checkpoints hold only what trains; `on_load_checkpoint` checks the rest
+        self._changed = WeightsChanged({})
         self._window: list[Mapping[str, Stat]] = []
         self.window_metrics: dict[str, float] = {}
         """what the loss of the latest optimizer step logged"""
@@ -118,6 +123,8 @@ class GRPOModule(pl.LightningModule):
                 "it must be true, false or offload"
             )
         check_quantization(self.quantization, self.lora)
+        if stage == "fit" and self._trainer is not None:
+            check_precision(self.trainer.precision, self.lora, self.model_kwargs)
 
     @property
     def model_path(self) -> str:
@@ -175,7 +182,10 @@ class GRPOModule(pl.LightningModule):
 
     def configure_optimizers(self) -> Any:
         """Returns the optimizer over what trains, and the scheduler, stepped once per optimizer step."""
-        optimizer = self.make_optimizer(self.policy.trainable().values())  # pyright: ignore[reportArgumentType]
+        trained = self.policy.trainable()
+        check_trained(trained, self.model_kwargs)
+        self._changed = WeightsChanged(trained)
+        optimizer = self.make_optimizer(trained.values())  # pyright: ignore[reportArgumentType]
         if self.make_scheduler is None:
             return optimizer
         return {
@@ -209,7 +219,7 @@ class GRPOModule(pl.LightningModule):
 
     def training_step(self, batch: RolloutBatch | PromptBatch, batch_idx: int) -> Tensor:
         """Returns this micro-batch's share of the loss, scaled for Lightning's and DDP's averages."""
-        rollout = self.score(_rollout_of(batch), old=False)
+        rollout = self.score(self._counted(_rollout_of(batch)), old=False)
         if not self._verified:
             self._verify(rollout)
         weights: Weights = {"kl_coef": self.coefficients.kl, "entropy_coef": self.coefficients.entropy}
@@ -240,16 +250,24 @@ class GRPOModule(pl.LightningModule):
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """Steps, and lets the reference follow; here, so that a checkpoint of this step holds both."""
-        super().optimizer_step(*args, **kwargs)
+        with self._changed.step(self.trainer.optimizers) as found:
+            super().optimizer_step(*args, **kwargs)
+        log_numbers(self, found)
         if self.reference is not None and (self.global_step + 1) % self.reference.ema_every == 0:
             assert self.policy.reference_copy is not None
             self.policy.reference_copy.mix(self.policy.trainable(), self.reference.ema_alpha)
+
+    def _counted(self, rollout: RolloutBatch) -> RolloutBatch:
+        """Returns the batch with the number of micro-batches that Lightning and DDP average over."""
+        averaged = self.trainer.accumulate_grad_batches * self.trainer.world_size
+        return replace(rollout, totals=replace(rollout.totals, micro_batches=averaged))
 
     def _rollout_stats(self, rollout: RolloutBatch, logprobs: Tensor) -> dict[str, Stat]:
         lag = self.global_step - rollout.policy_version
         stats = {
             "rollout/policy_lag": mean(float(lag), 1.0),
             "rollout/window_tokens": extreme("max", float(rollout.totals.tokens)),
+            "rollout/loss_tokens": extreme("sum", float(sum(rollout.lengths))),
         }
         if lag == 0 and rollout.old_logprobs is not None and len(logprobs):
             error = ((logprobs - rollout.old_logprobs).exp() - 1).abs().max()
@@ -268,6 +286,7 @@ class GRPOModule(pl.LightningModule):
                 f"the loss of optimizer step {self.global_step} is not finite; lower the learning rate, "
                 "raise clipping (trainer.gradient_clip_val), or inspect the rollout with rollout.record_to"
             )
+        check_totals(metrics, self.global_step)
         metrics |= self.coefficients.metrics()
         if self.policy.graphs is not None:
             metrics["graphs/captures"] = float(self.policy.graphs.captures)

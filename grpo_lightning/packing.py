@@ -196,12 +196,3 @@ def balance(
         low, high = (low, middle) if len(fill(middle)) <= m else (middle + 1, high)
     parts = fill(low)
     return parts + [[] for _ in range(m - len(parts))]
-
-
-def two_class_groups(groups: Sequence[int], lengths: Sequence[int], advantages: Sequence[float]) -> int:
-    """Returns how many groups have completions with A > 0 and others, not counting empty ones."""
-    classes: dict[int, set[bool]] = {}
-    for g, n, a in zip(groups, lengths, advantages, strict=True):
-        if n:
-            classes.setdefault(g, set()).add(a > 0)
-    return sum(len(found) == 2 for found in classes.values())

@@ -134,6 +134,19 @@ class Policy(nn.Module):
         config = self.model.peft_config["default"].to_dict()  # pyright: ignore
         return json.dumps({**config, "inference_mode": True}, default=sorted, indent=2)
 
+    def adapter_names(self) -> dict[str, str]:
+        """Returns which of our parameters, by name, every tensor of peft's adapter file holds."""
+        from peft import get_peft_model_state_dict
+
+        own = {id(x): name for name, x in (*self.named_parameters(), *self.named_buffers())}
+        theirs = (
+            *self.model.named_parameters(remove_duplicate=False),
+            *self.model.named_buffers(remove_duplicate=False),
+        )
+        names: Any = {name: own[id(x)] for name, x in theirs}  # peft looks at the keys alone
+        found: Any = get_peft_model_state_dict(self.model, state_dict=names, save_embedding_layers=False)
+        return found
+
     def _apply(self, fn: Any, recurse: bool = True) -> "Policy":
         """Keeps in fp32 what `bf16-true` would round: adapters, in whose weights small updates vanish, and
         buffers, since rounded rotary frequencies are other positions than transformers and vLLM have."""

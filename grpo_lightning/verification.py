@@ -1,6 +1,6 @@
 """Numbers that must agree: the prepared model's with the model as loaded, the engine's with the trainer's."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from grpo_lightning.batch import RolloutBatch
-from grpo_lightning.errors import GRPOError
+from grpo_lightning.errors import ConfigError, GRPOError
 from grpo_lightning.layouts import padded_hidden
 from grpo_lightning.metrics import over_ranks
 from grpo_lightning.policy import Policy
@@ -134,6 +134,23 @@ def engine_distance(rollout: RolloutBatch, logprobs: Tensor) -> dict[str, Stat]:
     gap = (logprobs - rollout.sampler_logprobs).abs()
     gap = gap[torch.isfinite(gap)]
     return _distance("sampling/parity", gap) if len(gap) else {}
+
+
+def check_totals(metrics: Mapping[str, float], step: int) -> None:
+    """Raises ConfigError if the micro-batches of an optimizer step hold more tokens than their totals say.
+
+    Args:
+        metrics: what the loss of the step logged, all micro-batches and ranks together.
+        step: the optimizer step.
+    """
+    held, counted = metrics["rollout/loss_tokens"], metrics["rollout/window_tokens"]
+    if held > counted:
+        raise ConfigError(
+            f"the micro-batches of optimizer step {step} hold {held:.0f} tokens, but "
+            f"RolloutBatch.totals.tokens is {counted:.0f}; it must count all of them, over all ranks. "
+            "Pack the optimizer step as one RolloutBatch (totals of several ranks: all_reduce_totals), cut "
+            "it with split(accumulate_grad_batches), and feed its parts in order, not shuffled"
+        )
 
 
 def _distance(name: str, gap: Tensor) -> dict[str, Stat]:

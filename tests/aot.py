@@ -34,7 +34,7 @@ ROWS = {
 
 
 POINTERS = {torch.float32: "*fp32", torch.int32: "*i32", torch.uint8: "*u8"}
-REQUIRED = {"dppo_kl": {"dppo_low": 0.05, "dppo_high": 0.05}, "dro": {"dro_coef": 0.1}}
+REQUIRED = {"dro": {"dro_coef": 0.1}}
 
 
 def build(

@@ -12,7 +12,7 @@ from grpo_lightning.losses import LossConfig
 from grpo_lightning.samples import Completion
 from grpo_lightning.stats import values
 
-REQUIRED = {"dppo_kl": {"dppo_low": 0.05, "dppo_high": 0.05}, "dro": {"dro_coef": 0.1}}
+REQUIRED = {"dro": {"dro_coef": 0.1}}
 NARROW = ("old_logprobs", "ref_logprobs", "sampler_logprobs")
 
 
@@ -42,7 +42,7 @@ def micro_batch(
         selected=torch.rand(n, generator=g) < 0.3,
         entropy_keep=torch.rand(n, generator=g) < 0.6,
     )
-    b = replace(b, totals=replace(b.totals, two_class_groups=2, entropy_tokens=int(b.entropy_keep.sum())))
+    b = replace(b, totals=replace(b.totals, entropy_tokens=int(b.entropy_keep.sum())))
     return {"batch": b, "logprobs": logprobs, "entropy": torch.rand(n, generator=g)}
 
 

@@ -37,11 +37,11 @@ RECIPE_TABLE = """
     maxrl        ppo_clip   token          token_mean            maxrl         clip_high=0.28
     gdpo         ppo_clip   token          sequence_mean         gdpo
     pass_at_k    ppo_clip   token          token_mean            pass_at_k
-    dppo_tv      dppo_tv    token          token_mean            group_norm    dppo_low=0.2 dppo_high=0.2
-    dppo_kl      dppo_kl    token          token_mean            group_norm
-    clip_cov     clip_cov   token          token_mean            group_norm
+    dppo_tv      dppo_tv    token          token_mean            group_norm    dppo_low=0.15 dppo_high=0.15
+    dppo_kl      dppo_kl    token          token_mean            group_norm    dppo_low=0.05 dppo_high=0.05
+    clip_cov     clip_cov   token          token_mean            group_norm    clip_low=1.0 clip_high=1.0
     kl_cov       kl_cov     token          token_mean            group_norm
-    fipo         fipo       token          token_mean            group_norm
+    fipo         fipo       token          token_mean            group_norm    clip_high=0.28 dual_clip=10.0
     dro          dro        token          token_mean            group_norm
     real         real       token          sequence_mean         group_mean
 """
@@ -56,7 +56,7 @@ DEFAULTS = """
     clip_low=0.2 clip_high=0.2 cispo_weight_min=0.0 cispo_weight_max=5.0 sapo_tau_pos=1.0 sapo_tau_neg=1.05
     vespo_k_pos=2.0 vespo_lambda_pos=3.0 vespo_k_neg=3.0 vespo_lambda_neg=2.0
     log_clip_low=0.4 log_clip_high=0.4 dppo_weight_max=20.0 cov_frac=2e-4 kl_cov_coef=1.0
-    fipo_range=0.2 fipo_rho_max=4.0 real_tau=0.5 kl_coef=0.0 kl_in=loss kl_estimator=k3 entropy_coef=0.0
+    fipo_range=0.2 fipo_rho_max=10.0 real_tau=0.5 kl_coef=0.0 kl_in=loss kl_estimator=k3 entropy_coef=0.0
 """
 
 
@@ -107,7 +107,6 @@ class Case:
     sequences: int | None = None  # S_w
     group_count: int | None = None  # P_w
     group_tokens: list | None = None  # N_{g,w} by group id
-    two_class_groups: int | None = None
     entropy_tokens: int | None = None  # window sum of e where there is a keep
 
     def __post_init__(self):
@@ -128,7 +127,6 @@ class Case:
             "tokens": self.N,
             "sequences": self.S,
             "group_count": sum(n > 0 for n in self.group_tokens),
-            "two_class_groups": sum(all(self.classes(g)) for g in set(self.groups)),
             "entropy_tokens": sum(self.entropy_keep or []),
         }
         for name, count in own.items():
@@ -232,10 +230,14 @@ def vespo_phi(case, held):
 
 def fipo_factor(case, held, n):
     """4.2: f of token n."""
-    o, far = case.o, [rho > case.o.fipo_rho_max for rho in held.rho]
+    o, s = case.o, case.seq[n]
+    far = [rho > (o.dual_clip or o.fipo_rho_max) for rho in held.rho]
+    down = case.advantages[s] < 0
+    if down and sum(far[m] for m in range(case.N) if case.seq[m] == s) > 1:
+        return ZERO
     ahead = [m for m in range(n, case.N) if case.seq[m] == case.seq[n] and not far[m]]
     f = clamp(exp(sum(mp.mpf(o.fipo_gamma) ** (m - n) * held.d[m] for m in ahead)), 1, 1 + o.fipo_range)
-    return clamp(f, mp.mpf("0.8"), 1) if case.advantages[case.seq[n]] < 0 and far[n] else f
+    return clamp(f, mp.mpf("0.8"), 1) if down and held.rho[n] > o.fipo_rho_max else f
 
 
 # --- 4.2: l_n of the token t
@@ -308,7 +310,7 @@ def real(case, lp, held):
         if positive and negative:
             total += ln(1 + sum(exp(-s[i] / tau) for i in positive))
             total += ln(1 + sum(exp(s[i] / tau) for i in negative))
-    return total / max(case.two_class_groups, 1)
+    return total / max(case.group_count, 1)
 
 
 # --- 4.3, 6, 5

@@ -1,10 +1,12 @@
 """`AdapterCheckpointIO`: beside every checkpoint, the same adapter in peft's format."""
 
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch.plugins.io import TorchCheckpointIO
+from torch import Tensor
 
 
 class AdapterCheckpointIO(TorchCheckpointIO):
@@ -18,9 +20,10 @@ class AdapterCheckpointIO(TorchCheckpointIO):
     ) -> None:
         """Writes the checkpoint and, if it holds an adapter, the adapter's folder."""
         super().save_checkpoint(checkpoint, path, storage_options)
-        config = checkpoint.get("grpo_lightning", {}).get("adapter_config")
-        if config is not None:
-            write_adapter(adapter_folder(path), checkpoint["state_dict"], config)
+        ours = checkpoint.get("grpo_lightning", {})
+        if "adapter_config" in ours:
+            trained = checkpoint["state_dict"]
+            write_adapter(adapter_folder(path), trained, ours["adapter_config"], ours["adapter_names"])
 
     def remove_checkpoint(self, path: Any) -> None:
         """Removes both."""
@@ -34,14 +37,26 @@ def adapter_folder(path: Any) -> Path:
     return file.with_name(f"{file.stem}-adapter")
 
 
-def write_adapter(folder: Path, state_dict: dict[str, Any], config: str) -> None:
-    """Writes peft's two files from a module's state dict: names lose our prefix and the adapter's name."""
+def write_adapter(
+    folder: Path, state_dict: Mapping[str, Tensor], config: str, names: Mapping[str, str]
+) -> None:
+    """Writes peft's two files.
+
+    Args:
+        folder: is made if it is missing.
+        state_dict: of a module; what trains is enough.
+        config: peft's adapter_config.json.
+        names: peft's name of a tensor -> the policy's: `Policy.adapter_names`.
+    """
     from safetensors.torch import save_file
 
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {
-        name.removeprefix("policy.model.").replace(".default", ""): tensor.detach().cpu().contiguous()
-        for name, tensor in state_dict.items()
-    }
+    tensors: dict[str, Tensor] = {}
+    written = set[str]()
+    for name, own in names.items():
+        if (tensor := state_dict.get(f"policy.{own}")) is not None:
+            tensor = tensor.detach().cpu().contiguous()
+            tensors[name] = tensor.clone() if own in written else tensor  # tied: a file holds no aliases
+            written.add(own)
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     (folder / "adapter_config.json").write_text(config)

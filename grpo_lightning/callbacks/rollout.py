@@ -269,7 +269,8 @@ class RolloutCallback(Callback):
         self._start(trainer, module)
         sampling = self.validation.sampling or replace(self.sampling, temperature=0.0)
         count = self.validation.num_generations
-        collector = self.collector(trainer, module, sampling=sampling, num_generations=count, by_group=False)
+        own = {"sampling": sampling, "num_generations": count, "by_group": False, "all_ranks": False}
+        collector = self.collector(trainer, module, **own)
         batch.rollout_index = -1
         rollout = self._collect(collector, batch, trainer, module)
         batch.rollout, batch.samples = rollout.batch, rollout.samples

@@ -30,7 +30,7 @@ class LossConfig:
         surrogate: per-token objective.
         ratio_level: token, sequence or sequence_token.
         aggregation: how tokens are weighed: sequence_mean, token_mean, constant, sequence_sum, prompt_mean.
-        clip_low: the ratio is clipped below at 1 - clip_low.
+        clip_low: the ratio is clipped below at 1 - clip_low; 1 does not clip.
         clip_high: the ratio is clipped above at 1 + clip_high.
         dual_clip: cap on the ratio where the advantage is negative; must exceed 1 + clip_high.
         kl_coef: weight of the KL divergence from the reference policy; 0 computes no reference.
@@ -41,6 +41,7 @@ class LossConfig:
         entropy_coef: weight of the entropy bonus.
         adaptive_entropy: lets that weight follow the entropy; null keeps it.
         top_entropy_quantile: share of tokens, those of highest entropy, that train (2506.01939); 1 is all.
+            Those within 1e-4 nats of the edge train too: rounding decides nothing.
         off_policy_threshold: completions with A < 0 whose policy has moved further, in nats per token, are
             left out; null is off.
         correction: importance weights between the engine's policy and the trainer's.
@@ -64,7 +65,7 @@ class LossConfig:
         dro_coef: weight of dro's quadratic pull.
         fipo_gamma: discount of fipo's look ahead, per token.
         fipo_range: fipo weighs up to 1 + this.
-        fipo_rho_max: ratios above it count as outliers in fipo.
+        fipo_rho_max: where A < 0, fipo does not weigh up tokens whose ratio is above it.
         real_tau: temperature of real's scores.
         params: free parameters of your own surrogate, found as `config.params`.
     """
@@ -106,7 +107,7 @@ class LossConfig:
     dro_coef: float | None = None
     fipo_gamma: float = 2 ** (-1 / 32)
     fipo_range: float = 0.2
-    fipo_rho_max: float = 4.0
+    fipo_rho_max: float = 10.0
     real_tau: float = 0.5
     params: dict[str, float] = field(default_factory=dict[str, float])
 
@@ -237,7 +238,7 @@ class LossConfig:
         weighted = weights.active and weights != CorrectionConfig()
         masked = weighted or self.off_policy_threshold is not None or self.top_entropy_quantile < 1
         return [
-            ("clip_low", 0 <= low < 1, "in [0, 1)"),
+            ("clip_low", 0 <= low <= 1, "in [0, 1]; 1 does not clip below"),
             ("clip_high", high >= 0, ">= 0"),
             ("dual_clip", self.dual_clip is None or self.dual_clip > 1 + high, above),
             ("kl_coef", self.kl_coef >= 0, ">= 0"),

@@ -165,11 +165,14 @@ DPPO: dict[str, Any] = {
 register_surrogate(
     "dppo_tv",
     formula="-sg(min(rho, dppo_weight_max) keep) A l, keep: p moved by at most dppo_low / dppo_high",
-    defaults={"dppo_low": 0.2, "dppo_high": 0.2},
+    defaults={"dppo_low": 0.15, "dppo_high": 0.15},
     **DPPO,
 )(dppo(dppo_tv_keep))
 register_surrogate(
-    "dppo_kl", formula="as dppo_tv with the binary KL divergence in place of the total variation", **DPPO
+    "dppo_kl",
+    formula="as dppo_tv with the binary KL divergence in place of the total variation",
+    defaults={"dppo_low": 0.05, "dppo_high": 0.05},
+    **DPPO,
 )(dppo(dppo_kl_keep))
 
 
@@ -213,7 +216,8 @@ def dro(log_ratio: Tensor, advantages: Tensor, logprobs: Tensor, config: "LossCo
 @register_surrogate(
     "fipo",
     levels=TOKEN,
-    formula="f ppo_clip, f = clip(exp F, 1, 1 + fipo_range), F = discounted sum of the d that follow",
+    formula="f ppo_clip, f = clip(exp F, 1, 1 + fipo_range), F = discounted sum of the d from here on, "
+    "of tokens that the dual clip leaves; f = 0 in completions where it acts on several tokens",
     paper="2603.19835",
     still_at_zero=True,
 )
@@ -221,11 +225,13 @@ def fipo(
     ratio: Tensor, log_ratio: Tensor, advantages: Tensor, segments: Segments, config: "LossConfig"
 ) -> Tensor:
     """Returns PPO's objective, weighted up where the rest of the completion has become more likely."""
-    far = ratio.detach() > config.fipo_rho_max
-    future = segments.discounted_rest(log_ratio.detach().masked_fill(far, 0.0), config.fipo_gamma)
+    down, fixed = advantages < 0, ratio.detach()
+    cut = fixed > (config.dual_clip or config.fipo_rho_max)  # where the dual clip leaves no gradient
+    future = segments.discounted_rest(log_ratio.detach().masked_fill(cut, 0.0), config.fipo_gamma)
     factor = future.exp().clamp(1.0, 1.0 + config.fipo_range)
-    factor = torch.where(far & (advantages < 0), factor.clamp(0.8, 1.0), factor)
-    return factor * ppo_clip(ratio, advantages, config)
+    factor = torch.where(down & (fixed > config.fipo_rho_max), factor.clamp(0.8, 1.0), factor)
+    dropped = segments.spread(segments.sum((down & cut).to(ratio.dtype)) > 1)
+    return factor.masked_fill(dropped, 0.0) * ppo_clip(ratio, advantages, config)
 
 
 @register_surrogate(

@@ -83,7 +83,7 @@ def policy_loss(
         raise ValueError(f"{config.surrogate} needs the window's selection, made from old log-probabilities")
     objective = config.objective(**inputs)
     if config.objective.whole_groups:
-        loss = objective / max(batch.totals.two_class_groups, 1)
+        loss = objective / max(batch.totals.groups, 1)
     else:
         keep, kept = _keep(logprobs, old, batch, segments, config)
         stats |= kept

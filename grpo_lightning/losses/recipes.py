@@ -109,6 +109,7 @@ RECIPES: dict[str, Recipe] = {
         aggregation="sequence_mean",
         paper="2507.20673",
         note="geometric mean of clipped token ratios; robust to single tokens",
+        differs="nothing but epsilon in the advantages (1e-8 there); log clip 0.4, as in the authors' script",
     ),
     "gpg": Recipe(
         surrogate="reinforce",
@@ -151,6 +152,8 @@ RECIPES: dict[str, Recipe] = {
         advantage="gdpo",
         paper="2601.05242",
         note="several rewards, each normalised by itself before they are added",
+        differs="the paper's mean over completions; the authors' code averages over tokens (set aggregation "
+        "to token_mean), and its verl form weighs completions by their length in the last whitening too",
     ),
     "pass_at_k": Recipe(
         surrogate="ppo_clip",
@@ -165,34 +168,40 @@ RECIPES: dict[str, Recipe] = {
         aggregation="token_mean",
         paper="2602.04879",
         note="trust region on the probability itself, not on the ratio",
-        differs="thresholds of 0.2 are ours; weights capped at 20",
+        differs="weights capped at 20; thresholds of 0.15, as in verl's script",
     ),
     "dppo_kl": Recipe(
         surrogate="dppo_kl",
         aggregation="token_mean",
         paper="2602.04879",
-        note="as dppo_tv, in KL; dppo_low and dppo_high must be given",
-        differs="weights capped at 20",
+        note="as dppo_tv, in KL",
+        differs="weights capped at 20; thresholds of 0.05, as in verl's script",
     ),
     "clip_cov": Recipe(
         surrogate="clip_cov",
         aggregation="token_mean",
+        defaults={"clip_low": 1.0, "clip_high": 1.0},
         paper="2505.22617",
         note="keeps entropy up by silencing a few tokens of high covariance",
-        differs="tokens are selected once per optimizer step, on the old policy: no split changes them",
+        differs="tokens are selected once per optimizer step, on the old policy, where no ratio is clipped "
+        "yet: no split changes them (authors: per micro-batch); clip 1 / 1 as in the authors' scripts",
     ),
     "kl_cov": Recipe(
         surrogate="kl_cov",
         aggregation="token_mean",
         paper="2505.22617",
         note="keeps entropy up by holding back the tokens of highest covariance",
-        differs="tokens are selected once per optimizer step, on the old policy: no split changes them",
+        differs="tokens are selected once per optimizer step, on the old policy: no split changes them "
+        "(authors: per micro-batch); covariances are rounded to 1e-4, and of equal ones the first are taken",
     ),
     "fipo": Recipe(
         surrogate="fipo",
         aggregation="token_mean",
+        defaults={"clip_high": 0.28, "dual_clip": 10.0},
         paper="2603.19835",
         note="weighs a token by how the rest of its completion has moved",
+        differs="a completion on which the dual clip acts twice has no loss, as in the authors' code, "
+        "but keeps its place in the mean",
     ),
     "dro": Recipe(
         surrogate="dro",
@@ -206,5 +215,6 @@ RECIPES: dict[str, Recipe] = {
         advantage="group_mean",
         paper="2602.05630",
         note="good against bad completions of a group as a classification",
+        differs="good is A > 0, the authors' a reward of 1; groups of one class count in the mean, as theirs",
     ),
 }

@@ -45,7 +45,7 @@ class Surrogate:
     meant_per_token: bool = False
     """published with the token's own ratio"""
     whole_groups: bool = False
-    """returns one number for all groups, which must not be cut; divided by the window's two-class groups"""
+    """returns one number for all groups, which must not be cut; divided by the window's groups"""
     needs_old: bool = False
     """needs log-probabilities from before the first update, for the whole window"""
     picks_at_random: bool = False

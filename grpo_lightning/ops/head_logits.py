@@ -18,7 +18,7 @@ from grpo_lightning.ops.products import wide_product_into
 class Chunk(NamedTuple):
     at: slice
     z: Tensor  # [C, V] raw logits
-    q: Tensor  # [C, V] in the weight's type, over the same memory
+    q: Tensor  # [C, V] in the weight's type; on a GPU over the same memory
 
 
 def chunks(x: Inputs) -> Iterator[Chunk]:
@@ -29,6 +29,9 @@ def chunks(x: Inputs) -> Iterator[Chunk]:
     rows = min(x.rows or rows_in_budget(n, 4 * vocabulary, x.hidden.device), n)
     buffer = torch.empty(rows, vocabulary, dtype=x.tau.dtype, device=x.hidden.device)
     narrow = buffer.view(x.weight.dtype)[:, :vocabulary]
+    if not narrow.is_cuda and not narrow.is_contiguous():
+        # oneDNN's bf16 product on AMX reads past the end of strided rows, and 0 times what lies there is NaN
+        narrow = torch.empty(rows, vocabulary, dtype=narrow.dtype)
     for at in parts(n, rows):
         size = at.stop - at.start
         yield Chunk(at, wide_product_into(x.hidden[at], x.weight.T, buffer[:size]), narrow[:size])

@@ -111,7 +111,7 @@ class Rewards:
 
         Every function gets its own copies, so what it does to them reaches no one. The async functions run
         together on one event loop. Where the prompt is a message list, a function gets its completion as
-        `[{"role": "assistant", "content": text}]`.
+        `[{"role": "assistant", "content": text}]`. No function is called without a completion.
 
         Args:
             prompts: [S] strings or message lists, each already repeated for its completions.
@@ -127,6 +127,8 @@ class Rewards:
         for name, values in {"prompts": prompts, "completion_ids": completion_ids, **columns}.items():
             if len(values) != len(completions):
                 raise ValueError(f"{name} has {len(values)} entries for {len(completions)} completions")
+        if not completions:  # a rank without a prompt in this batch knows no columns either
+            return Scores(list(self.names), [], list(self.weights), [], {}, {})
         self.check_columns(columns)
         log = _Log(size=len(completions))
         samples = Samples(prompts, completions, columns)

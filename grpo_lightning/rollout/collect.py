@@ -64,6 +64,8 @@ class Collector:
         by_group: rewards are called group by group, beside decoding; groups without signal make way for the
             prompts' spares.
         phase: context manager around each phase, for profilers.
+        all_ranks: advantages look at the rewards of all ranks; not in evaluation, where one rank may have
+            fewer batches than another.
     """
 
     engine: RolloutEngine
@@ -77,6 +79,7 @@ class Collector:
     mask_truncated: bool = False
     by_group: bool = False
     phase: Phase = lambda name: nullcontext()
+    all_ranks: bool = True
 
     def collect(
         self,
@@ -219,7 +222,7 @@ class Collector:
         self, scores: Scores, completions: list[list[Completion]], num_groups: int, all_ranks: bool = True
     ) -> adv.RewardTable:
         by_function = torch.tensor(scores.values, dtype=torch.float64)
-        options: dict[str, Any] = {"all_sum": all_sum} if all_ranks else {}
+        options: dict[str, Any] = {"all_sum": all_sum} if all_ranks and self.all_ranks else {}
         return adv.RewardTable(
             by_function=by_function.reshape(len(scores.values), len(scores.names)),
             weights=torch.tensor(scores.weights, dtype=torch.float64),

@@ -68,7 +68,6 @@ def test_every_recipe_gives_the_cpus_gradient(name):
         ref_logprobs=-torch.rand(n, generator=g),
         sampler_logprobs=-torch.rand(n, generator=g),
         selected=torch.rand(n, generator=g) < 0.1,
-        totals=replace(b.totals, two_class_groups=4),
     )
     lp = -torch.rand(n, generator=g)
     grads = []

@@ -13,7 +13,6 @@ from grpo_lightning.losses import AGGREGATIONS, RECIPES
 
 SCRIPT = Path(__file__).with_name("ddp_run.py")
 CHANGES = {
-    "dppo_kl": {"dppo_low": 0.05, "dppo_high": 0.05},
     "dro": {"dro_coef": 0.1},
     "clip_cov": {"cov_frac": 0.2, "cov_low": -0.5},
     "kl_cov": {"cov_frac": 0.2},

@@ -13,7 +13,8 @@ PRECISIONS = ["32-true", "bf16-mixed", "bf16-true"]
 @pytest.mark.parametrize("lora", [{"r": 4, "lora_alpha": 8}, None], ids=["lora", "full"])
 def test_no_pass_without_gradient_leaves_traces(model_folder, tmp_path, precision, lora):
     """Autocast keeps copies of weights; one without a graph, or of the reference, would stop the training."""
-    m = module(model_folder, lora=lora, loss=LossConfig("dapo", kl_coef=0.1))
+    asked = {"dtype": torch.bfloat16} if lora is None and precision == "bf16-true" else {}
+    m = module(model_folder, lora=lora, loss=LossConfig("dapo", kl_coef=0.1), model_kwargs=asked)
     m.configure_model()
     before = weights(m)
     trainer(tmp_path, rollout(), max_steps=2, precision=precision).fit(m, data())

@@ -164,3 +164,14 @@ def test_temperature_must_be_positive():
     h, w, ids = inputs(3)
     with pytest.raises(ValueError, match="temperature is 0"):
         fused_linear_logprobs(h, w, ids, 0.0)
+
+
+@pytest.mark.parametrize("rows", [16, 17, 32])
+def test_16_bit_gradients_do_not_depend_on_what_lies_beside_a_chunk(rows, monkeypatch):
+    """A CPU with AMX multiplied what lies between strided rows by 0, and NaN stays NaN."""
+    made = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *a, **k: made(*a, **k).fill_(torch.nan))
+    h, w, ids = inputs(rows, v=131, dtype=torch.bfloat16)
+    h.requires_grad_()
+    fused_linear_logprobs(h, w, ids, 1.0)[0].sum().backward()
+    assert torch.isfinite(h.grad).all()

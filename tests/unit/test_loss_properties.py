@@ -14,7 +14,7 @@ from grpo_lightning.losses.segments import Segments
 from grpo_lightning.ops import policy_loss
 from grpo_lightning.samples import Completion
 
-REQUIRED = {"dppo_kl": {"dppo_low": 0.05, "dppo_high": 0.05}, "dro": {"dro_coef": 0.1}}
+REQUIRED = {"dro": {"dro_coef": 0.1}}
 CASES = [(n, level) for n, r in RECIPES.items() for level in SURROGATES[r.surrogate].levels]
 TOKEN_CASES = [(n, level) for n, level in CASES if not SURROGATES[RECIPES[n].surrogate].whole_groups]
 STILL = [(n, level) for n, level in CASES if SURROGATES[RECIPES[n].surrogate].still_at_zero]
@@ -73,12 +73,8 @@ class Case:
         )
         fields = {n: torch.cat([x[s] for s in order]) for n, x in self.numbers.items()}
         lp = fields.pop("logprobs")
-        alive = [s for s in order if self.lengths[s]]
-        classes = [{self.advantages[s] > 0 for s in alive if self.groups[s] == g} for g in seen]
         keep = torch.cat([self.kept[s] for s in order])
-        totals = replace(
-            batch.totals, two_class_groups=sum(len(c) == 2 for c in classes), entropy_tokens=int(keep.sum())
-        )
+        totals = replace(batch.totals, entropy_tokens=int(keep.sum()))
         selected = torch.cat([self.selected[s] for s in order])
         return replace(batch, totals=totals, selected=selected, entropy_keep=keep, **fields), lp
 

@@ -21,7 +21,7 @@ from grpo_lightning.losses import (
 from grpo_lightning.samples import Completion
 from grpo_lightning.stats import combine, values
 
-REQUIRED = {"dppo_kl": {"dppo_low": 0.05, "dppo_high": 0.05}, "dro": {"dro_coef": 0.1}}
+REQUIRED = {"dro": {"dro_coef": 0.1}}
 SPLIT_INVARIANT = [n for n, r in RECIPES.items() if AGGREGATIONS[r.aggregation].split_invariant]
 PER_TOKEN = [n for n, r in RECIPES.items() if not SURROGATES[r.surrogate].whole_groups]
 
@@ -33,16 +33,9 @@ def recipe(name, **changes):
 def with_selection(b, seed=0):
     """A rollout with everything that some recipe asks of the window."""
     g = torch.Generator().manual_seed(seed)
-    both = sum(
-        bool((a := b.advantages[(b.group_ids == p) & (torch.tensor(b.lengths) > 0)]).numel())
-        and bool((a > 0).any())
-        and bool((a <= 0).any())
-        for p in range(len(b.prompt_lengths))
-    )
     return replace(
         b,
         selected=torch.rand(len(b.target_ids), generator=g) < 0.2,
-        totals=replace(b.totals, two_class_groups=int(both)),
     )
 
 
@@ -126,11 +119,56 @@ def test_golden_surrogates(config, loss, grad):
 
 
 def test_golden_real():
-    b = fixture()
-    b = replace(b, totals=replace(b.totals, two_class_groups=1))
-    got, g, _ = value_and_grad(b, LossConfig("real"))
+    got, g, _ = value_and_grad(fixture(), LossConfig("real"))
     assert got == pytest.approx(1.42224067, abs=1e-7)
     close(g, [*[-0.365200] * 3, *[0.466667] * 2])
+
+
+def test_real_is_a_mean_over_all_groups():
+    """The authors' code divides by the questions, not by those with both classes."""
+    b = replace(fixture(), totals=replace(fixture().totals, groups=3))
+    assert value_and_grad(b, LossConfig("real"))[0] == pytest.approx(1.42224067 / 3, abs=1e-7)
+
+
+def fipo_on(ratios, advantages, **changes):
+    """Returns loss and gradient of one completion of three tokens, and what PPO's clip gives."""
+    b = replace(fixture(), advantages=torch.tensor(advantages, dtype=torch.float64))
+    logprobs = OLD + torch.tensor([*ratios, 1.0, 1.0], dtype=torch.float64).log()
+    return [value_and_grad(b, LossConfig(name, **changes), logprobs)[:2] for name in ("fipo", "dapo")]
+
+
+def test_fipo_has_its_authors_numbers():
+    config = LossConfig("fipo").resolve()
+    assert (config.clip_low, config.clip_high, config.dual_clip) == (0.2, 0.28, 10.0)
+    assert (config.fipo_range, config.fipo_rho_max) == (0.2, 10.0)
+    assert config.fipo_gamma == 2 ** (-1 / 32)
+
+
+def test_fipo_does_not_look_at_tokens_that_the_dual_clip_has_cut():
+    """The second token's ratio of 12 is cut: the first has nothing ahead that would weigh it up."""
+    (_, ours), (_, plain) = fipo_on([1.0, 12.0, 1.0], [-1.0, 0.0], dual_clip=10.0)
+    torch.testing.assert_close(ours[:1], plain[:1])
+    (_, ours), (_, plain) = fipo_on([1.0, 9.0, 1.0], [-1.0, 0.0], dual_clip=10.0)
+    torch.testing.assert_close(ours[:1], 1.2 * plain[:1])
+
+
+def test_fipo_drops_a_completion_on_which_the_dual_clip_acts_twice():
+    (_, ours), _ = fipo_on([12.0, 1.0, 1.0], [-1.0, 0.0])
+    assert ours[1] != 0
+    (loss, ours), _ = fipo_on([12.0, 12.0, 1.0], [-1.0, 0.0])
+    assert loss == 0
+    assert not ours.any()
+    (_, ours), _ = fipo_on([12.0, 12.0, 1.0], [1.0, 0.0])
+    assert ours[2] != 0
+
+
+@pytest.mark.parametrize(("name", "low", "high"), [("dppo_tv", 0.15, 0.15), ("dppo_kl", 0.05, 0.05)])
+def test_dppo_has_verls_thresholds(name, low, high):
+    assert LossConfig(name).resolve().dppo_range == (low, high)
+
+
+def test_clip_cov_clips_where_its_authors_do():
+    assert LossConfig("clip_cov").resolve().clip_range == (1.0, 1.0)
 
 
 @pytest.mark.parametrize(("config", "loss", "grad"), GOLDEN)
@@ -503,7 +541,7 @@ def test_stats_of_parts_are_those_of_the_whole():
         ({"aggregation": "mean"}, r"model\.loss\.aggregation"),
         ({"ratio_level": "word"}, r"model\.loss\.ratio_level"),
         ({"dual_clip": 1.2}, r"above 1 \+ clip_high = 1\.28"),
-        ({"clip_low": 1.0}, r"in \[0, 1\)"),
+        ({"clip_low": 1.1}, r"in \[0, 1\]"),
         ({"kl_coef": -1.0}, "kl_coef is -1"),
         ({"kl_estimator": "k9"}, "kl_estimator"),
         ({"name": "no_such_module.loss"}, "no_such_module"),

@@ -27,7 +27,6 @@ def case(seed=1):
         ref_logprobs=draw(),
         sampler_logprobs=draw(),
         selected=torch.rand(n, generator=g) < 0.3,
-        totals=replace(b.totals, two_class_groups=2),
     )
     return b, draw(), -draw()
 

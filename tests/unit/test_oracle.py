@@ -227,7 +227,6 @@ def batch_of(case):
             sequences=case.sequences,
             groups=case.group_count,
             max_tokens=case.max_tokens,
-            two_class_groups=case.two_class_groups,
             entropy_tokens=case.entropy_tokens,
             micro_batches=case.micro_batches,
         ),
@@ -264,7 +263,7 @@ def test_golden_cases_agree(name):
     assert_same(GOLDEN[name][0])
 
 
-REQUIRED = {"dppo_kl": {"dppo_low": 0.02, "dppo_high": 0.03}, "dro": {"dro_coef": 0.3}}
+REQUIRED = {"dro": {"dro_coef": 0.3}}
 UNUSUAL = {  # away from the defaults, and no short binary fractions: what fp32 rounds shows
     "ppo_clip": {"clip_low": 0.4, "clip_high": 0.1, "dual_clip": 1.3},
     "cispo": {"cispo_weight_min": 0.3, "cispo_weight_max": 1.1},
@@ -364,7 +363,6 @@ def part_of_a_larger_window(case):
         sequences=case.sequences + 2,
         group_count=case.group_count + 1,
         group_tokens=[x + g for g, x in enumerate(case.group_tokens)],
-        two_class_groups=case.two_class_groups + 1,
         entropy_tokens=case.entropy_tokens + 3,
         micro_batches=3,
     )

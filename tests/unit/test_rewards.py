@@ -596,3 +596,13 @@ def test_a_file_that_failed_runs_again_when_it_is_mended(folder):
         import_object("my_late.py:f", "reward function")
     file.write_text("def f(completions): return [7.0]")
     assert import_object("my_late.py:f", "reward function")(["a"]) == [7.0]
+
+
+def test_no_completion_calls_no_function_and_needs_no_column():
+    """A rank without a prompt in a batch knows no columns."""
+
+    def mean_of_answers(completions, answer, **_):
+        raise AssertionError("called without a completion")
+
+    scores = Rewards(mean_of_answers).score(prompts=[], completions=[], completion_ids=[], columns={})
+    assert (scores.names, scores.values, scores.totals) == (["mean_of_answers"], [], [])

@@ -141,7 +141,7 @@ def test_hashes_are_uniform_and_depend_on_the_seed():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"name": "dppo_kl"}, "dppo_low is None; it must be given, > 0, for dppo_kl"),
+        ({"name": "dppo_kl", "dppo_low": 0.0}, "dppo_low is 0.0; it must be given, > 0, for dppo_kl"),
         ({"name": "dro"}, "dro_coef is None"),
         ({"name": "cispo", "cispo_weight_max": 0.2}, "absolute"),
         ({"name": "cispo", "ratio_level": "sequence"}, r"ratio_level is 'sequence'"),
