@@ -24,7 +24,6 @@ from grpo_lightning.callbacks.surroundings import (
     check_loss,
     check_parity,
     check_sampling,
-    engine_context,
     profiled,
     run_seed,
     start_engine,
@@ -152,7 +151,7 @@ class RolloutCallback(Callback):
     def _start(self, trainer: pl.Trainer, module: Any) -> None:
         if self._started:
             return
-        start_engine(self.engine, engine_context(trainer, module, self.sampling, self.validation.sampling))
+        start_engine(self.engine, trainer, module, self.sampling, self.validation.sampling)
         self._started = True
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:

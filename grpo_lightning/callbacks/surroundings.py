@@ -51,8 +51,15 @@ def engine_context(
     )
 
 
-def start_engine(engine: RolloutEngine, context: EngineContext) -> None:
+def start_engine(
+    engine: RolloutEngine,
+    trainer: pl.Trainer,
+    module: Any,
+    sampling: SamplingParams,
+    other: SamplingParams | None,
+) -> None:
     """Starts an engine; rotary factors that depend on lengths are fixed as it takes them, by its longest."""
+    context = engine_context(trainer, module, sampling, other)
     context.policy.fit_lengths(getattr(engine, "max_model_len", None) or context.max_model_len)
     engine.start(context)
 
