@@ -92,7 +92,7 @@ class Graphs:
 
 def make_graphs(policy: Any, autocast: bool) -> Graphs | None:
     """Returns graphs of the decoder of a `Policy`, or None where it cannot be replayed, and says why."""
-    config, decoder, chosen = policy.causal.config, policy.causal.get_decoder(), policy.prepared.chosen
+    config, decoder, chosen = policy.causal.config, policy.decoder, policy.prepared.chosen
     params = [p for p in decoder.parameters() if p.requires_grad]
     obstacles = {
         f"it runs padded, because {policy.padded_reason}": policy.padded_reason is not None,

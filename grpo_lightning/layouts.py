@@ -15,15 +15,27 @@ PACKED = "grpo_lightning_packed"
 _FULL_OR_SLIDING = {"full_attention", "sliding_attention"}
 
 
-def needs_padding(config: Any) -> str | None:
-    """Returns why an architecture cannot run packed, or None if it can."""
-    text = config.get_text_config()
+def decoder_of(causal: Any) -> Any:
+    """Returns what turns token ids into the hidden states that the LM head reads."""
+    embeddings, found = causal.get_input_embeddings(), causal.get_decoder()
+    if found is not causal and embeddings in found.modules():
+        return found
+    # some classes name no decoder that transformers finds (Llama 4, Mllama), or their head is called so
+    return next((m for m in causal.children() if embeddings is not m and embeddings in m.modules()), found)
+
+
+def needs_padding(model: Any) -> str | None:
+    """Returns why a transformers model cannot run packed as far as one can see, or None.
+
+    What one cannot see, `probe.settle_forward` measures.
+    """
+    text = model.config.get_text_config()
     kinds = set(getattr(text, "layer_types", None) or ["full_attention"])
     if not kinds <= _FULL_OR_SLIDING:
         return f"it has layers of the kinds {sorted(kinds - _FULL_OR_SLIDING)}"
     if getattr(text, "attn_logit_softcapping", None) is not None:
         return "its attention caps its scores"
-    if text.model_type in {"gpt_oss"}:
+    if any("sink" in name.rpartition(".")[2] for name, _ in model.named_parameters()):
         return "its attention has sinks"
     return None
 
@@ -55,7 +67,7 @@ def _attention(
         raise RuntimeError(
             f"packed attention in {type(module).__name__} got "
             + ("a mask" if layout is not None else "no layout")
-            + ": sequences would see each other; run the model inside `policy.generating()` instead"
+            + "; sequences would see each other: run the model inside `policy.generating()` instead"
         )
     if dropout:
         raise RuntimeError(f"packed attention has no dropout; {type(module).__name__} asks for {dropout}")

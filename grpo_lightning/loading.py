@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
 
+from grpo_lightning.dropout import disable_dropout as switch_off
 from grpo_lightning.errors import ConfigError
 from grpo_lightning.lora import check_lora
 from grpo_lightning.ops.offload import Offloader
@@ -34,7 +35,7 @@ def load_policy(
         model_kwargs: passed to `from_pretrained`.
         gradient_checkpointing: recompute activations in the backward; `offload` keeps the layers' inputs in
             host memory meanwhile.
-        disable_dropout: set every dropout of the base model to 0.
+        disable_dropout: set every dropout and jitter of the base model to 0.
         quantization: `nf4` loads the base in 4 bit (bitsandbytes, scales quantised too); adapters train.
         keep_reference: keep a copy of what trains as reference.
         reference_dtype: type of that copy; None is the type of what trains.
@@ -49,8 +50,7 @@ def load_policy(
     causal = AutoModelForCausalLM.from_pretrained(path, **kwargs)
     if quantization is not None:
         _keep_base_as_it_is(causal)
-    if disable_dropout:
-        _disable_dropout(causal)
+    rates = switch_off(causal) if disable_dropout else []
     if gradient_checkpointing:
         # transformers 5.23 renames it and warns about the old name.
         enable = getattr(causal, "activation_checkpointing_enable", causal.gradient_checkpointing_enable)
@@ -77,6 +77,7 @@ def load_policy(
         reference_dtype=reference_dtype,
         chunk_rows=chunk_rows,
     )
+    policy.rates = rates
     if policy.padded_reason:
         rank_zero_warn(
             f"{type(unwrap(model)).__name__} runs padded, not packed, because {policy.padded_reason}"
@@ -115,11 +116,3 @@ def _offload(model: torch.nn.Module) -> None:
     for module in model.modules():
         if hasattr(module, "gradient_checkpointing"):
             setattr(module, "_gradient_checkpointing_func", offloader.checkpoint)  # noqa: B010 - a function
-
-
-def _disable_dropout(model: torch.nn.Module) -> None:
-    for module in model.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0
-        if isinstance(getattr(module, "attention_dropout", None), float):
-            setattr(module, "attention_dropout", 0.0)  # noqa: B010 - a plain number, not a submodule

@@ -22,6 +22,7 @@ from grpo_lightning.losses.policy_loss import Weights
 from grpo_lightning.metrics import log_numbers, over_ranks
 from grpo_lightning.models import named, resolve_model
 from grpo_lightning.ops import policy_loss
+from grpo_lightning.probe import settle_forward
 from grpo_lightning.reference import ReferenceConfig
 from grpo_lightning.samples import PromptBatch
 from grpo_lightning.stats import Stat, combine, extreme, mean
@@ -194,8 +195,8 @@ class GRPOModule(pl.LightningModule):
         }
 
     def on_fit_start(self) -> None:
-        """Checks that the model's logits are what this library computes, and exchanges layers for speed."""
-        self.policy.check_head()
+        """Checks that this library computes what the model does, and exchanges layers for speed."""
+        settle_forward(self.policy)
         self.policy.prepare(self.kernels, self.device)
         self._verified = False
 

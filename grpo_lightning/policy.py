@@ -2,29 +2,34 @@
 forward."""
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from grpo_lightning.batch import RolloutBatch
+from grpo_lightning.dropout import Rates, dropout_rates
 from grpo_lightning.errors import ConfigError
 from grpo_lightning.graphs import Graphs, make_graphs
 from grpo_lightning.kernels import KernelConfig, Prepared
 from grpo_lightning.layouts import (
     PACKED,
+    decoder_of,
     needs_padding,
     packed_hidden,
     padded_hidden,
     register_packed_attention,
 )
+from grpo_lightning.logit_changes import logit_changes
 from grpo_lightning.ops import fused_linear_logprobs
 from grpo_lightning.ops.kept import kept_logmass
 from grpo_lightning.ops.tie import tied
 from grpo_lightning.packing import Outline
 from grpo_lightning.reference import WeightCopy
+from grpo_lightning.rope import fix_rope, rope_limit, too_long
 
 
 class TokenScores(NamedTuple):
@@ -62,13 +67,20 @@ class Policy(nn.Module):
         self.reference_copy = WeightCopy(self.trainable(), reference_dtype) if keep_reference else None
         self.precision: Callable[[], AbstractContextManager[Any]] = nullcontext
         """what the Trainer runs a training step in; hooks, where engines and scores run, are outside of it"""
-        self.padded_reason = needs_padding(self.causal.config)
+        self.rope_limit = rope_limit(self.causal.config)
+        """tokens that no sequence may outgrow; None where there is no such length"""
+        self.logit_changes = logit_changes(self.causal.config)[0]
+        """what the architecture does to its logits, as arguments of `fused_linear_logprobs`"""
         self.stock_attention: str = self.causal.config._attn_implementation
+        self.padded_reason = needs_padding(self.causal)
         if self.padded_reason is None:
             register_packed_attention()
-            self._set_attention(PACKED)
+            if not self._set_attention(PACKED):
+                self.run_padded("it does not take attention from outside")
+        self.rates: Rates = []
+        """what dropout the model was loaded with, where it is switched off"""
         self.kernels = KernelConfig()
-        self.prepared = Prepared(causal, self.causal.get_decoder())
+        self.prepared = Prepared(causal, self.decoder)
         self.graphs: Graphs | None = None
 
     def prepare(self, kernels: KernelConfig, device: torch.device) -> None:
@@ -77,7 +89,7 @@ class Policy(nn.Module):
         self.kernels = kernels
         with self.precision():
             autocast = torch.is_autocast_enabled(device.type)
-        self.prepared = Prepared(self.model, self.causal.get_decoder(), kernels.chosen(device), autocast)
+        self.prepared = Prepared(self.model, self.decoder, kernels.chosen(device), autocast)
         if self.padded_reason is None and self.prepared.chosen["compile"]:
             register_packed_attention(compiled_layers=True)
         self.graphs = make_graphs(self, autocast) if self.prepared.chosen["graphs"] else None
@@ -86,6 +98,11 @@ class Policy(nn.Module):
     def causal(self) -> Any:
         """The transformers model, adapters included."""
         return unwrap(self.model)
+
+    @property
+    def decoder(self) -> Any:
+        """What turns token ids into hidden states."""
+        return decoder_of(self.causal)
 
     @property
     def compute_dtype(self) -> torch.dtype:
@@ -99,10 +116,7 @@ class Policy(nn.Module):
     @property
     def drops_out(self) -> bool:
         """Whether a training forward is random: dropout is on somewhere."""
-        rates = (
-            getattr(m, "attention_dropout", m.p if isinstance(m, nn.Dropout) else 0) for m in self.modules()
-        )
-        return any(isinstance(rate, float) and rate > 0 for rate in rates)
+        return any(True for _ in dropout_rates(self))
 
     @property
     def is_lora(self) -> bool:
@@ -162,15 +176,18 @@ class Policy(nn.Module):
 
     def completion_hidden(self, batch: RolloutBatch) -> Tensor:
         """Returns the hidden states [N, H] that predict the completion tokens of `batch`."""
-        decoder = self.causal.get_decoder()
         if not len(batch.target_ids):
             return self._nothing()
+        if self.rope_limit is not None:
+            longest = max(batch.outline.unshared().group_rows)
+            if longest > self.rope_limit:
+                raise ConfigError(too_long(self.causal, longest))
         if self.padded_reason is None:
             segments = self.prepared.chosen["attention"]
             shared = batch if self.kernels.shares(batch.outline, segments) else batch.unshared()
             replayed = self.graphs if torch.is_grad_enabled() and self.prepared.chosen["graphs"] else None
-            return packed_hidden(decoder, shared, segments=segments, graphs=replayed)
-        return padded_hidden(decoder, batch, self.pad_id)
+            return packed_hidden(self.decoder, shared, segments=segments, graphs=replayed)
+        return padded_hidden(self.decoder, batch, self.pad_id)
 
     def sizes(self, shape: Outline) -> tuple[int, int, int]:
         """Returns what the memory of a micro-batch grows with: rows run, tokens trained, pairs in masks."""
@@ -194,7 +211,7 @@ class Policy(nn.Module):
         options = {
             "bias": bias,
             "chunk_rows": self.chunk_rows,
-            **head_scaling(self.causal.config),
+            **self.logit_changes,
         }
         backend = "triton" if self.prepared.chosen["head"] else "torch"
         logprobs, entropies = fused_linear_logprobs(
@@ -246,32 +263,35 @@ class Policy(nn.Module):
             if self.padded_reason is None:
                 self._set_attention(PACKED)
 
-    def check_head(self) -> None:
-        """Raises unless the head as this library runs it gives the model's own logits, on a few tokens."""
-        ids = (
-            torch.arange(8, device=self.causal.device)[None] % self.causal.config.get_text_config().vocab_size
-        )
-        with self.generating() as causal:
-            theirs = causal(input_ids=ids).logits[0, :-1].float().log_softmax(-1)
-            hidden = causal.get_decoder()(input_ids=ids).last_hidden_state[0, :-1]
-            head = causal.get_output_embeddings()
-            ours, _ = fused_linear_logprobs(
-                hidden,
-                head.weight,
-                ids[0, 1:],
-                bias=getattr(head, "bias", None),
-                backend="torch",
-                **head_scaling(causal.config),
-            )
-        gap = (theirs.gather(1, ids[0, 1:, None])[:, 0] - ours).abs().max().item()
-        if not gap < 0.2:
-            raise ConfigError(
-                f"{type(self.causal).__name__} changes its logits in a way that is not supported yet: "
-                f"log-probabilities differ by {gap:.3g} nats; use another architecture"
+    def fit_lengths(self, longest: int | None) -> None:
+        """Prepares for sequences of at most `longest` tokens; None is as many as the model takes.
+
+        Raises:
+            ConfigError: a token's position would depend on the longest row of a batch.
+        """
+        limit = self.rope_limit
+        longest = longest or int(getattr(self.causal.config.get_text_config(), "max_position_embeddings", 0))
+        if limit is not None and longest > limit:
+            fix_rope(self.causal, longest)
+            self.rope_limit = None
+            rank_zero_warn(
+                f"{type(self.causal).__name__} takes the rotary factors of sequences over {limit} tokens for "
+                f"all, since the longest may have {longest}; lower rollout.sampling.max_tokens to have those "
+                "of short ones"
             )
 
-    def _set_attention(self, name: str) -> None:
-        self.causal.set_attn_implementation(name)
+    def run_padded(self, reason: str) -> None:
+        """Takes the padded path from now on."""
+        self.padded_reason = reason
+        self._set_attention(self.stock_attention)
+
+    def _set_attention(self, name: str) -> bool:
+        """Returns whether the model took it; some raise, others only log."""
+        try:
+            self.causal.set_attn_implementation(name)
+        except ValueError:
+            return False
+        return self.decoder.config._attn_implementation == name
 
     def _nothing(self) -> Tensor:
         """Returns [0, H], tied to every trainable parameter, so that gradient reductions match."""
@@ -282,16 +302,3 @@ class Policy(nn.Module):
 def unwrap(model: Any) -> Any:
     """Returns the transformers model inside a peft wrapper; adapters stay in place."""
     return model.get_base_model() if hasattr(model, "peft_config") else model
-
-
-def head_scaling(config: Any) -> Mapping[str, Any]:
-    """Returns how an architecture changes its logits, as arguments of `fused_linear_logprobs`."""
-    text = config.get_text_config()
-    out: dict[str, float] = {}
-    if (cap := getattr(text, "final_logit_softcapping", None)) is not None:
-        out["softcap"] = cap
-    if (scale := getattr(text, "logit_scale", None)) is not None:
-        out["logit_scale"] = scale
-    if (divisor := getattr(text, "logits_scaling", None)) is not None:
-        out["logit_scale"] = 1.0 / divisor
-    return out

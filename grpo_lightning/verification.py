@@ -109,7 +109,9 @@ def _prepared(policy: Policy) -> Iterator[LogProbs]:
 @contextmanager
 def _plain(policy: Policy) -> Iterator[LogProbs]:
     def logprobs(batch: RolloutBatch) -> Tensor:
-        rows = padded_hidden(policy.causal.get_decoder(), batch, policy.pad_id)
+        # one completion per call: some models compute something else beside longer rows
+        alone = (batch.take([s]) for s in range(len(batch.lengths)))
+        rows = torch.cat([padded_hidden(policy.decoder, one, policy.pad_id) for one in alone])
         return policy.scores(rows, batch, entropy_grad=False).logprobs
 
     with policy.prepared.plain(), policy.generating():

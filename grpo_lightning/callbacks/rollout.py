@@ -24,9 +24,9 @@ from grpo_lightning.callbacks.surroundings import (
     check_loss,
     check_parity,
     check_sampling,
-    engine_context,
     profiled,
     run_seed,
+    start_engine,
     synchronised,
     trainer_state,
 )
@@ -151,7 +151,7 @@ class RolloutCallback(Callback):
     def _start(self, trainer: pl.Trainer, module: Any) -> None:
         if self._started:
             return
-        self.engine.start(engine_context(trainer, module, self.sampling, self.validation.sampling))
+        start_engine(self.engine, trainer, module, self.sampling, self.validation.sampling)
         self._started = True
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:

@@ -51,6 +51,19 @@ def engine_context(
     )
 
 
+def start_engine(
+    engine: RolloutEngine,
+    trainer: pl.Trainer,
+    module: Any,
+    sampling: SamplingParams,
+    other: SamplingParams | None,
+) -> None:
+    """Starts an engine; rotary factors that depend on lengths are fixed as it takes them, by its longest."""
+    context = engine_context(trainer, module, sampling, other)
+    context.policy.fit_lengths(getattr(engine, "max_model_len", None) or context.max_model_len)
+    engine.start(context)
+
+
 def run_seed(seed: int | None) -> int:
     """Returns `seed`, or seed_everything's, or 0."""
     return seed if seed is not None else int(os.environ.get("PL_GLOBAL_SEED", "0"))

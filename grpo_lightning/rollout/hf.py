@@ -1,23 +1,45 @@
 """`HFEngine`: samples from the live policy with transformers alone. The CPU path, and the oracle for other
 engines."""
 
-from collections.abc import Sequence
-from typing import Any
+import inspect
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from grpo_lightning.errors import ConfigError, EngineError
 from grpo_lightning.policy import Policy
+from grpo_lightning.probe import alone, rounding, said, tokens
 from grpo_lightning.rollout.engine import EngineContext, Request
 from grpo_lightning.rollout.sampling import choose, uniforms
 from grpo_lightning.samples import Completion, SamplingParams
+
+
+class Way(NamedTuple):
+    """How a batch is decoded."""
+
+    padded: bool
+    """prompts of different lengths together, padded on the left"""
+    cached: bool
+    """each step reads one token; without a cache it reads the whole row again"""
+
+
+WAYS = {
+    Way(padded=True, cached=True): "all prompts together",
+    Way(padded=False, cached=True): "prompts of one length at a time",
+    Way(padded=False, cached=False): "without a cache, which takes much longer",
+}
+"""the fastest first; the first that gives the model's own log-probabilities is taken"""
 
 
 class HFEngine:
     """Decodes with the model being trained: nothing to synchronise, nothing to install.
 
     A prompt is read once for all its completions, and a completion that has ended leaves the batch at once.
+    Padding stays in the state of a state-space model, and not every cache gives what the forward does: which
+    way of decoding is right is tried on a few tokens.
 
     Args:
         batch_size: most completions decoded at one time; null decodes all of a rollout together.
@@ -29,6 +51,7 @@ class HFEngine:
         self.batch_size = batch_size
         self.policy_version = -1
         self._policy: Policy | None = None
+        self._way: Way | None = None
 
     def start(self, context: EngineContext) -> None:
         """Refuses what this engine cannot do."""
@@ -40,6 +63,8 @@ class HFEngine:
 
     def sync(self, policy: Policy, version: int) -> None:
         """Remembers the policy; there is no copy of the weights."""
+        if policy is not self._policy:
+            self._way = None
         self._policy, self.policy_version = policy, version
 
     def sleep(self) -> None:
@@ -53,15 +78,78 @@ class HFEngine:
         """Returns for each request one completion per seed, in order.
 
         Raises:
-            EngineError: called before `sync`.
+            EngineError: called before `sync`, or the model cannot be decoded.
         """
         if self._policy is None:
             raise EngineError("HFEngine has no policy yet: call sync(policy, version) before generate")
-        out: list[list[Completion]] = []
-        with self._policy.generating() as causal:
-            for chunk in _chunks(requests, self.batch_size):
-                out.extend(_Decoder(causal, self._policy, chunk, sampling).run())
-        return _regroup(out, requests)
+        self._way = self._way or right_way(self._policy)
+        return _decoded(self._policy, requests, sampling, self._way, self.batch_size)
+
+
+def right_way(policy: Policy) -> Way:
+    """Returns the fastest way of decoding that gives the log-probabilities of one row in one call.
+
+    Raises:
+        EngineError: none does.
+    """
+    lengths = (3, 8)
+    ids = tokens(policy, sum(lengths))
+    requests = [
+        Request(prompt_ids=ids[: lengths[0]], seeds=[1, 2]),
+        Request(prompt_ids=ids[lengths[0] :], seeds=[3, 4]),
+    ]
+    reasons = []
+    for way, name in WAYS.items():
+        reason = _why_wrong(policy, requests, way)
+        if reason is None:
+            if reasons:
+                model = type(policy.causal).__name__
+                rank_zero_warn(f"HFEngine decodes {model} {name}: otherwise its decoding {reasons[-1]}")
+            return way
+        reasons.append(reason)
+    raise EngineError(
+        f"HFEngine cannot decode {type(policy.causal).__name__}: it {reasons[-1]}; use another architecture"
+    )
+
+
+def _why_wrong(policy: Policy, requests: Sequence[Request], way: Way) -> str | None:
+    try:
+        out = _decoded(policy, requests, SamplingParams(max_tokens=6), way)
+    except Exception as error:  # whatever a model of somebody else's raises
+        return f"fails ({said(error)})"
+    gaps = []
+    for request, group in zip(requests, out, strict=True):
+        for c in group:
+            row = alone(policy, [*request.prompt_ids, *c.token_ids[:-1]], kernels=True)
+            row = row[len(request.prompt_ids) - 1 :]
+            own = row[range(len(row)), c.token_ids].tolist()
+            gaps += [abs(x - y) for x, y in zip(own, c.logprobs or (), strict=True)]
+    gap = sum(gaps) / len(gaps)
+    return None if gap <= rounding(policy) else f"is {gap:.3g} nats from one row in one call"
+
+
+def _decoded(
+    policy: Policy, requests: Sequence[Request], sampling: SamplingParams, way: Way, limit: int | None = None
+) -> list[list[Completion]]:
+    """Returns for each request one completion per seed, in order, of at most `limit` decoded together."""
+    out: list[list[Completion]] = [[] for _ in requests]
+    with policy.generating() as causal:
+        for places in _together(requests, way):
+            own = [requests[i] for i in places]
+            pieces: list[list[Completion]] = []
+            for chunk in _chunks(own, limit):
+                pieces.extend(_Decoder(causal, policy, chunk, sampling, way).run())
+            for i, group in zip(places, _regroup(pieces, own), strict=True):
+                out[i] = group
+    return out
+
+
+def _together(requests: Sequence[Request], way: Way) -> Iterator[list[int]]:
+    """Yields places of requests that may stand in one batch."""
+    lengths: dict[int, list[int]] = {}
+    for i, r in enumerate(requests):
+        lengths.setdefault(0 if way.padded else len(r.prompt_ids), []).append(i)
+    yield from lengths.values()
 
 
 def _chunks(requests: Sequence[Request], limit: int | None) -> list[list[Request]]:
@@ -90,20 +178,34 @@ class _Decoder:
     """One batch of completions on its way; rows are the completions that have not ended."""
 
     def __init__(
-        self, causal: Any, policy: Policy, requests: Sequence[Request], sampling: SamplingParams
+        self, causal: Any, policy: Policy, requests: Sequence[Request], sampling: SamplingParams, way: Way
     ) -> None:
-        self.causal, self.sampling, self.requests = causal, sampling, requests
+        from transformers import DynamicCache
+
+        self.causal, self.sampling, self.requests, self.way = causal, sampling, requests, way
         self.eos = set(policy.eos_ids)
         self.device = causal.device
         self.seeds = [seed for r in requests for seed in r.seeds]
         self.tokens: list[list[int]] = [[] for _ in self.seeds]
         self.logprobs: list[list[float]] = [[] for _ in self.seeds]
         self.rows = list(range(len(self.seeds)))
-        self.pad_id = policy.pad_id
+        width = max(len(r.prompt_ids) for r in requests)
+        pads = [width - len(r.prompt_ids) for r in requests]
+        self.read = torch.tensor(
+            [[policy.pad_id] * p + r.prompt_ids for p, r in zip(pads, requests, strict=True)],
+            device=self.device,
+        )  # [R, L], what the model has read or reads next
+        self.mask = torch.tensor([[0] * p + [1] * (width - p) for p in pads], device=self.device)
+        self.cache: Any = DynamicCache(config=causal.config) if way.cached else None
+        takes = inspect.signature(causal.forward).parameters
+        self.cache_name = "cache_params" if "cache_params" in takes else "past_key_values"
+        self.options: dict[str, Any] = {"logits_to_keep": 1} if "logits_to_keep" in takes else {}
 
     def run(self) -> list[list[Completion]]:
-        """Returns the completions of each request."""
-        logits, cache, mask = self._prefill()
+        """Returns the completions of each request; each prompt is read once."""
+        spread = torch.tensor([i for i, r in enumerate(self.requests) for _ in r.seeds], device=self.device)
+        logits = self._forward(self.read.shape[1])[spread]
+        self._select(spread)
         seen = self._seen(logits)
         for position in range(self.sampling.max_tokens):
             u = torch.tensor(
@@ -117,14 +219,15 @@ class _Decoder:
                 break
             if len(alive) < len(self.rows):
                 index = torch.tensor(alive, device=self.device)
-                ids, mask = ids[index], mask[index]
+                ids = ids[index]
                 seen = None if seen is None else seen[index]
-                cache.batch_select_indices(index)
+                self._select(index)
                 self.rows = [self.rows[i] for i in alive]
-            mask = torch.cat([mask, mask.new_ones(len(self.rows), 1)], 1)
+            self.read = torch.cat([self.read, ids[:, None]], 1)
+            self.mask = torch.cat([self.mask, self.mask.new_ones(len(self.rows), 1)], 1)
             if seen is not None:
                 seen.scatter_(1, ids[:, None], True)
-            logits = self._forward(ids[:, None], mask, (mask.sum(1) - 1)[:, None], cache)
+            logits = self._forward(1)
         done = iter(
             Completion(
                 token_ids=ids, logprobs=lp, finish_reason="stop" if ids and ids[-1] in self.eos else "length"
@@ -133,34 +236,21 @@ class _Decoder:
         )
         return [[next(done) for _ in r.seeds] for r in self.requests]
 
-    def _prefill(self) -> tuple[Tensor, Any, Tensor]:
-        """Returns logits [R, V] after the prompts, the cache and the mask; each prompt is read once."""
-        from transformers import DynamicCache
+    def _select(self, index: Tensor) -> None:
+        """Makes the rows `index` the batch."""
+        self.read, self.mask = self.read[index], self.mask[index]
+        if self.cache is not None:
+            self.cache.reorder_cache(index)
 
-        width = max(len(r.prompt_ids) for r in self.requests)
-        pads = [width - len(r.prompt_ids) for r in self.requests]
-        ids = torch.tensor(
-            [[self.pad_id] * p + r.prompt_ids for p, r in zip(pads, self.requests, strict=True)],
-            device=self.device,
-        )
-        mask = torch.tensor([[0] * p + [1] * (width - p) for p in pads], device=self.device)
-        cache = DynamicCache(config=self.causal.config)
-        logits = self._forward(ids, mask, (mask.cumsum(1) - 1).clamp(min=0), cache)
-        spread = torch.tensor([i for i, r in enumerate(self.requests) for _ in r.seeds], device=self.device)
-        cache.batch_select_indices(spread)
-        return logits[spread], cache, mask[spread]
-
-    def _forward(self, ids: Tensor, mask: Tensor, positions: Tensor, cache: Any) -> Tensor:
-        """Returns the logits [R, V] that follow the last token of each row."""
-        out = self.causal(
-            input_ids=ids,
-            attention_mask=mask,
-            position_ids=positions,
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=1,
-        )
-        return out.logits[:, -1]
+    def _forward(self, new: int) -> Tensor:
+        """Returns the logits [R, V] that follow the last of `new` unread tokens of each row."""
+        inputs: dict[str, Any] = {"input_ids": self.read, "use_cache": self.way.cached, **self.options}
+        if self.way.cached:
+            inputs |= {"input_ids": self.read[:, -new:], self.cache_name: self.cache}
+        if self.way.padded:
+            positions = (self.mask.cumsum(1) - 1).clamp(min=0)
+            inputs |= {"attention_mask": self.mask, "position_ids": positions[:, -new:]}
+        return self.causal(**inputs).logits[:, -1]
 
     def _seen(self, logits: Tensor) -> Tensor | None:
         if self.sampling.repetition_penalty == 1.0:

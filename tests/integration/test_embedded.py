@@ -5,6 +5,7 @@ import torch
 
 from grpo_lightning.loading import load_policy
 from grpo_lightning.models import EMBEDDED_MODEL, resolve_model
+from grpo_lightning.probe import check_head
 from grpo_lightning.rollout import HFEngine, Request
 from grpo_lightning.samples import SamplingParams
 
@@ -23,7 +24,7 @@ def test_embedded_default_answers_and_ends():
     assert policy.eos_ids == [2]
     assert policy.padded_reason is None
     assert policy.causal.dtype == torch.float32
-    policy.check_head()
+    check_head(policy)
     ids = tokenizer.apply_chat_template(
         [{"role": "user", "content": "What is the capital of France?"}],
         add_generation_prompt=True,

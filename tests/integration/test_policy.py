@@ -12,6 +12,7 @@ from grpo_lightning.batch import RolloutBatch
 from grpo_lightning.errors import ConfigError
 from grpo_lightning.layouts import padded_hidden
 from grpo_lightning.policy import Policy
+from grpo_lightning.probe import check_head
 
 
 def lora_policy(model=None, seed=0, **settings):
@@ -74,7 +75,7 @@ def test_packed_equals_one_by_one(seed):
 @pytest.mark.parametrize("kind", ["qwen2", "qwen3", "mistral", "gemma2", "cohere", "granite", "phi3"])
 def test_architectures(kind):
     policy, b = Policy(tiny_variant(kind), tiny_tokenizer()), random_rollout()
-    policy.check_head()
+    check_head(policy)
     with torch.no_grad():
         got = policy.logprobs(b).logprobs
     assert (policy.padded_reason is not None) == (kind == "gemma2")
@@ -236,4 +237,4 @@ def test_check_head_notices_a_head_it_does_not_know():
     head = policy.causal.get_output_embeddings()
     head.register_forward_hook(lambda module, args, out: out * 3)
     with pytest.raises(ConfigError, match="LlamaForCausalLM changes its logits"):
-        policy.check_head()
+        check_head(policy)
