@@ -1,4 +1,4 @@
-"""What models write, what the reference says, and whether that is the same: 1, 0, or V, by math-verify alone."""
+"""What models write, what the reference says, and whether that is right: 1, 0, or V (math-verify alone)."""
 
 V = "V"
 PAIRS = {

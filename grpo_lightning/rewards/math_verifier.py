@@ -1,8 +1,8 @@
 """math-verify in a process of its own, which ends when it thinks for too long.
 
 sympy can hang in C, where no signal handler of Python runs, and math-verify's own time limit works in the
-main thread alone. So the kernel ends the process after some seconds of its own CPU time, and another takes its
-place.
+main thread alone. So the kernel ends the process after some seconds of its own CPU time, and another takes
+its place.
 """
 
 import json
