@@ -41,6 +41,7 @@ from grpo_lightning.rollout.hf import HFEngine
 from grpo_lightning.rollout.process_guard import random_state
 from grpo_lightning.rollout.recording import record
 from grpo_lightning.samples import PromptBatch, SamplingParams
+from grpo_lightning.stats import mean_of
 
 RewardSpec = str | dict[str, Any]
 
@@ -118,9 +119,8 @@ class RolloutCallback(Callback):
         self.record_to = None if record_to is None else Path(record_to)
         self._parts: list[RolloutBatch] = []
         self._samples: dict[str, list[Any]] | None = None
-        self._clock = Clock()
+        self._clock, self._started = Clock(), False
         self._restored: dict[str, Any] | None = None
-        self._started = False
         self._evaluation = Evaluation(self.validation, self.rewards.names)
         self._metrics = RolloutMetrics(self._clock, self._evaluation.logged)
 
