@@ -89,6 +89,13 @@ def gradient_norm(params: Iterable[Tensor]) -> Tensor:
     return torch.stack([n.to(norms[0].device) for n in norms]).norm()
 
 
+def gradient_scale(trainer: Any, optimizer: Any) -> float:
+    """Returns what gradients are multiplied by: a fused optimizer takes fp16's scale off while it steps."""
+    scaler = getattr(trainer.precision_plugin, "scaler", None)
+    fused = getattr(optimizer, "_step_supports_amp_scaling", False)
+    return scaler.get_scale() if fused and scaler is not None else 1.0
+
+
 def length_stats(groups: Sequence[Sequence[Completion]], prompt_tokens: int) -> dict[str, Stat]:
     """Returns completion lengths in tokens, the share cut at the limit, and tokens seen; TRL's names."""
     flat = [c for g in groups for c in g]

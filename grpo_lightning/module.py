@@ -19,7 +19,7 @@ from grpo_lightning.kernels import KernelConfig
 from grpo_lightning.lora import check_quantization, lora_config, starts_as_base
 from grpo_lightning.losses import Coefficients, LossConfig
 from grpo_lightning.losses.policy_loss import Weights
-from grpo_lightning.metrics import gradient_norm, log_numbers, over_ranks
+from grpo_lightning.metrics import gradient_norm, gradient_scale, log_numbers, over_ranks
 from grpo_lightning.models import named, resolve_model
 from grpo_lightning.ops import policy_loss
 from grpo_lightning.reference import ReferenceConfig
@@ -250,10 +250,7 @@ class GRPOModule(pl.LightningModule):
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Logs the norm of the gradient, before it is clipped, and the learning rate of the first group."""
-        norm = gradient_norm(self.parameters())
-        if getattr(optimizer, "_step_supports_amp_scaling", False):  # it unscales while it steps
-            scaler = getattr(self.trainer.precision_plugin, "scaler", None)
-            norm = norm if scaler is None else norm / scaler.get_scale()
+        norm = gradient_norm(self.parameters()) / gradient_scale(self.trainer, optimizer)
         log_numbers(self, {"grad_norm": norm, "learning_rate": float(optimizer.param_groups[0]["lr"])})
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:

@@ -35,8 +35,10 @@ class Clock:
         """Says that a micro-batch is about to train."""
         self._training_since = perf_counter()
 
-    def end_training(self) -> None:
-        """Says that a micro-batch has been trained on."""
+    def end_training(self, device: torch.device | None) -> None:
+        """Says that a micro-batch has been trained on; a device is waited for, since kernels run on."""
+        if device is not None and device.type != "cpu":
+            torch.accelerator.synchronize(device)
         spent = perf_counter() - self._training_since
         self._phases["time/train"] = self._phases.get("time/train", 0.0) + spent
 
@@ -56,9 +58,3 @@ class Clock:
             return {}
         rate, self._tokens = self._tokens / self._rollout_seconds, None
         return {"tokens_per_second": rate}
-
-
-def wait_for(device: torch.device) -> None:
-    """Waits for all that the device has been given to do: until then a clock reads when it was launched."""
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)

@@ -10,7 +10,7 @@ import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
 
 from grpo_lightning.batch import RolloutBatch
-from grpo_lightning.callbacks.clock import Clock, wait_for
+from grpo_lightning.callbacks.clock import Clock
 from grpo_lightning.callbacks.evaluation import Evaluation, ValidationConfig, validate_before_training
 from grpo_lightning.callbacks.memory import Cutter, check_micro_batches
 from grpo_lightning.callbacks.parts import make_parts
@@ -205,9 +205,7 @@ class RolloutCallback(Callback):
     ) -> None:
         """Times the step and lets go of a rollout that is used up."""
         ends_step = (batch.part + 1) % trainer.accumulate_grad_batches == 0
-        if ends_step:
-            wait_for(pl_module.device)
-        self._clock.end_training()
+        self._clock.end_training(pl_module.device if ends_step else None)
         if ends_step:
             log_numbers(pl_module, self._clock.end_step() | self.cutter.metrics())
         if batch.part + 1 == batch.parts:

@@ -131,7 +131,7 @@ class Rewards:
             if len(values) != len(completions):
                 raise ValueError(f"{name} has {len(values)} entries for {len(completions)} completions")
         if not completions:  # a rank without a prompt in this batch knows no columns either
-            return Scores(list(self.names), [], list(self.weights), [], {}, {})
+            return Scores(list(self.names), [], list(self.weights), [], {}, {}, {})
         self.check_columns(columns)
         log = _Log(size=len(completions))
         samples = Samples(prompts, completions, columns)
