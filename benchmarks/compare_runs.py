@@ -34,7 +34,7 @@ def read(file: Path) -> Rows:
 
 def places(rows: Rows) -> dict[tuple[str, bool], dict[str, str]]:
     """Returns the rows of training and of validation by their step."""
-    return {(r["step"], bool(r.get("reward"))): r for r in rows}
+    return {(r["step"], bool(r.get(HELD_OUT))): r for r in rows}
 
 
 def compare(one: Rows, other: Rows) -> dict[str, Any]:

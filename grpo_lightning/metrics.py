@@ -1,6 +1,7 @@
 """Metrics over ranks, and the statistics of a rollout under TRL's names."""
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from functools import reduce
 from typing import Any
 
 import torch
@@ -53,14 +54,46 @@ def on_host(tensors: Sequence[Tensor]) -> list[Tensor]:
     return out
 
 
-def log_numbers(module: Any, numbers: Mapping[str, float], shown: Collection[str] = ()) -> None:
-    """Logs numbers of this step, those `shown` in the progress bar too.
+def log_numbers(module: Any, numbers: Mapping[str, float | Tensor], shown: Collection[str] = ()) -> None:
+    """Logs numbers of this step, those `shown` in the progress bar too; loggers get each value once.
 
-    As tensors of the host: a plain number would go to the GPU, and come back for the logger.
+    Lightning would write the last value of a name again at every step of the epoch; `callback_metrics` and
+    the progress bar keep it. Plain numbers become tensors of the host: they would go to the GPU, and come
+    back for the logger. A tensor stays on its device until a logger reads it.
     """
+    results, row = module.trainer._results, _row(module.trainer)
+    for result in results.values():
+        if getattr(result, "row", row) != row:
+            result.has_reset = True  # as if its epoch had ended
     for name, value in numbers.items():
-        number = torch.tensor(value, dtype=torch.float64)
+        number = value if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.float64)
         module.log(name, number, prog_bar=name in shown, batch_size=1)
+        if (result := results.get(f"{module._current_fx_name}.{name}")) is not None:
+            result.row = row
+
+
+def _row(trainer: Any) -> int:
+    """Returns which row the loggers write next: there is one for `log_every_n_steps` optimizer steps."""
+    every = trainer.log_every_n_steps
+    return trainer.fit_loop.epoch_loop._batches_that_stepped // every if every else 0
+
+
+def gradient_norm(params: Iterable[Tensor]) -> Tensor:
+    """Returns the norm of all gradients together, [], in fp32 or wider, on their device."""
+    gradients = [p.grad for p in params if p.grad is not None]
+    if not gradients:
+        return torch.zeros(())
+    # The squares of a 16-bit gradient neither fit into its type nor are precise in it.
+    wide = reduce(torch.promote_types, {g.dtype for g in gradients}, torch.float32)
+    norms = torch._foreach_norm(gradients, 2, dtype=wide)  # pyright: ignore[reportPrivateImportUsage]
+    return torch.stack([n.to(norms[0].device) for n in norms]).norm()
+
+
+def gradient_scale(trainer: Any, optimizer: Any) -> float:
+    """Returns what gradients are multiplied by: a fused optimizer takes fp16's scale off while it steps."""
+    scaler = getattr(trainer.precision_plugin, "scaler", None)
+    fused = getattr(optimizer, "_step_supports_amp_scaling", False)
+    return scaler.get_scale() if fused and scaler is not None else 1.0
 
 
 def length_stats(groups: Sequence[Sequence[Completion]], prompt_tokens: int) -> dict[str, Stat]:
@@ -87,6 +120,9 @@ def reward_stats(
 ) -> dict[str, Stat]:
     """Returns reward means and spreads, TRL's names.
 
+    A group with fewer than two scored completions has no spread: it counts as one without signal in
+    `frac_reward_zero_std`, and not at all in `reward_std`.
+
     Args:
         names: K reward functions.
         by_function: [S, K] float64, NaN where a function does not apply.
@@ -102,8 +138,7 @@ def reward_stats(
     known = total[~total.isnan()]
     stats["reward"] = mean(known.sum(), known.numel())
     spreads = [total[(group_ids == g) & ~total.isnan()] for g in range(num_groups)]
-    stds = [float(x.std()) if x.numel() > 1 else 0.0 for x in spreads]
-    stats["reward_std"] = mean_of(stds)
+    stats["reward_std"] = mean_of(float(x.std()) for x in spreads if x.numel() > 1)
     dead = [x.numel() < 2 or bool(x.min() == x.max()) for x in spreads]
     stats["frac_reward_zero_std"] = mean_of(dead)
     stats["rewards/unscorable_frac"] = mean(float(total.isnan().sum()), total.numel())

@@ -19,7 +19,7 @@ from grpo_lightning.kernels import KernelConfig
 from grpo_lightning.lora import check_quantization, lora_config, starts_as_base
 from grpo_lightning.losses import Coefficients, LossConfig
 from grpo_lightning.losses.policy_loss import Weights
-from grpo_lightning.metrics import log_numbers, over_ranks
+from grpo_lightning.metrics import gradient_norm, gradient_scale, log_numbers, over_ranks
 from grpo_lightning.models import named, resolve_model
 from grpo_lightning.ops import policy_loss
 from grpo_lightning.probe import settle_forward
@@ -248,6 +248,11 @@ class GRPOModule(pl.LightningModule):
         found = first_step_distance(self.policy, rollout)
         self._verified = bool(found)
         log_numbers(self, found)
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Logs the norm of the gradient, before it is clipped, and the learning rate of the first group."""
+        norm = gradient_norm(self.parameters()) / gradient_scale(self.trainer, optimizer)
+        log_numbers(self, {"grad_norm": norm, "learning_rate": float(optimizer.param_groups[0]["lr"])})
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """Steps, and lets the reference follow; here, so that a checkpoint of this step holds both."""

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import lightning.pytorch as pl
 import torch
@@ -11,9 +11,6 @@ from torchmetrics import MeanMetric
 from grpo_lightning.errors import ConfigError, choices
 from grpo_lightning.rollout.collect import Rollout
 from grpo_lightning.samples import SamplingParams
-
-if TYPE_CHECKING:
-    from grpo_lightning.callbacks.rollout import RolloutCallback
 
 
 @dataclass(frozen=True)
@@ -25,7 +22,7 @@ class ValidationConfig:
         sampling: null is greedy, otherwise as in training.
         pass_reward: name of the reward that decides whether a completion passes; null is the first.
         pass_threshold: a completion passes if that reward is at least this.
-        before_training: validate once before the first step.
+        before_training: run the Trainer's validation before the first step too, within its limits.
     """
 
     num_generations: int = 1
@@ -46,11 +43,18 @@ class ValidationConfig:
 
 @runtime_checkable
 class Notes(Protocol):
-    """A callback that keeps curves; step 0 has no place in Lightning's own metrics."""
+    """A callback that keeps curves; `callback_metrics` would not say at which step a value is of."""
 
     def note(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Takes the metrics of one step."""
         ...
+
+
+def note(trainer: pl.Trainer, step: int, metrics: Mapping[str, Any]) -> None:
+    """Gives callbacks that keep curves what has just been measured of a step."""
+    for callback in trainer.callbacks:  # pyright: ignore[reportAttributeAccessIssue]
+        if isinstance(callback, Notes):
+            callback.note(step, metrics)
 
 
 class Evaluation:
@@ -64,6 +68,7 @@ class Evaluation:
         self.names = names
         self.means: dict[str, MeanMetric] = {}
         self.reset()
+        self.logged = {f"{stage}/{key}" for stage in ("val", "test") for key in self.means}
 
     def reset(self) -> None:
         """Starts a new pass."""
@@ -90,29 +95,32 @@ class Evaluation:
         self.reset()
         return {key: value for key, value in out.items() if value == value}
 
-    def log(self, module: Any, prefix: str) -> None:
+    def log(self, trainer: pl.Trainer, module: Any, prefix: str) -> None:
         """Logs the means, where ModelCheckpoint and EarlyStopping find them."""
         metrics = self.compute(prefix, module.device)
         module.log_dict(metrics, batch_size=1)
+        if not trainer.sanity_checking:
+            note(trainer, trainer.global_step, metrics)
 
-    def before_training(self, rollout: "RolloutCallback", trainer: pl.Trainer, module: Any) -> None:
-        """Validates once before the first step, and logs that as step 0."""
-        data = getattr(trainer, "datamodule", None)
-        loader = data.val_dataloader() if data is not None else []
-        ran = False
-        for batch in loader:
-            self.update(rollout.evaluate(trainer, module, batch))
-            ran = True
-        if not ran:
-            raise ConfigError(
-                "rollout.validation.before_training is set, but there is no validation data: set "
-                "data.validation_split"
-            )
-        metrics = self.compute("val", module.device)
-        for logger in trainer.loggers:
-            logger.log_metrics(metrics, step=0)
-        for callback in trainer.callbacks:  # pyright: ignore[reportAttributeAccessIssue]
-            if isinstance(callback, Notes):
-                callback.note(0, metrics)
-        if trainer.is_global_zero:
-            print("before training: " + ", ".join(f"{k} {v:.3f}" for k, v in metrics.items()), flush=True)
+
+def validate_before_training(trainer: pl.Trainer) -> None:
+    """Runs the validation loop of the fit, with all limits, callbacks and loggers it has later on; prints.
+
+    Raises:
+        ConfigError: there is no validation data; `trainer.limit_val_batches: 0` switches validation off.
+    """
+    if trainer.limit_val_batches == 0:
+        return
+    loop = trainer.fit_loop.epoch_loop.val_loop
+    if trainer.enable_validation:
+        trainer.validating = True
+        loop.run()
+        trainer.training = True
+    if loop.skip:
+        raise ConfigError(
+            "rollout.validation.before_training is set, but there is no validation data: set "
+            "data.validation_split"
+        )
+    if trainer.is_global_zero:
+        found = {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("val/")}
+        print("before training: " + ", ".join(f"{k} {v:.3f}" for k, v in found.items()), flush=True)

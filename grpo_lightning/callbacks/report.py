@@ -39,21 +39,6 @@ class RunReport(Callback):
                     points.pop()
                 points.append((step, float(metrics[name])))
 
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        """Notes the reward of the step."""
-        if "reward" in trainer.callback_metrics:
-            self.note(trainer.global_step, {"reward": trainer.callback_metrics["reward"]})
-
-    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Notes the validation of the step."""
-        if not trainer.sanity_checking:
-            self.note(
-                trainer.global_step,
-                {k: trainer.callback_metrics[k] for k in CURVES[1:] if k in trainer.callback_metrics},
-            )
-
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Writes everything; rank 0 only."""
         if not trainer.is_global_zero:

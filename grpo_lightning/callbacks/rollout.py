@@ -10,13 +10,14 @@ import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
 
 from grpo_lightning.batch import RolloutBatch
-from grpo_lightning.callbacks.evaluation import Evaluation, ValidationConfig
+from grpo_lightning.callbacks.clock import Clock
+from grpo_lightning.callbacks.evaluation import Evaluation, ValidationConfig, validate_before_training
 from grpo_lightning.callbacks.memory import Cutter, check_micro_batches
 from grpo_lightning.callbacks.parts import make_parts
 from grpo_lightning.callbacks.plan import print_plan
+from grpo_lightning.callbacks.rollout_metrics import RolloutMetrics
 from grpo_lightning.callbacks.state import batch_state, restore
 from grpo_lightning.callbacks.surroundings import (
-    Clock,
     check_accumulation,
     check_context,
     check_counts,
@@ -32,7 +33,7 @@ from grpo_lightning.callbacks.surroundings import (
 )
 from grpo_lightning.errors import ConfigError
 from grpo_lightning.losses import LossConfig
-from grpo_lightning.metrics import gather, log_numbers, over_ranks
+from grpo_lightning.metrics import gather, log_numbers
 from grpo_lightning.rewards.suite import Rewards
 from grpo_lightning.rollout.collect import Collector, Rollout
 from grpo_lightning.rollout.engine import RolloutEngine
@@ -40,11 +41,9 @@ from grpo_lightning.rollout.hf import HFEngine
 from grpo_lightning.rollout.process_guard import random_state
 from grpo_lightning.rollout.recording import record
 from grpo_lightning.samples import PromptBatch, SamplingParams
-from grpo_lightning.stats import extreme, mean_of
+from grpo_lightning.stats import mean_of
 
 RewardSpec = str | dict[str, Any]
-PROGRESS = {"reward", "completions/mean_length"}
-"""metrics that the progress bar shows"""
 
 
 class RolloutCallback(Callback):
@@ -120,11 +119,10 @@ class RolloutCallback(Callback):
         self.record_to = None if record_to is None else Path(record_to)
         self._parts: list[RolloutBatch] = []
         self._samples: dict[str, list[Any]] | None = None
-        self._clock = Clock()
-        self._num_tokens = 0.0
+        self._clock, self._started = Clock(), False
         self._restored: dict[str, Any] | None = None
-        self._started = False
         self._evaluation = Evaluation(self.validation, self.rewards.names)
+        self._metrics = RolloutMetrics(self._clock, self._evaluation.logged)
 
     def parts_per_rollout(self, trainer: pl.Trainer) -> int:
         """Returns M: how many micro-batches one rollout feeds. The prompt loader asks for it."""
@@ -165,17 +163,20 @@ class RolloutCallback(Callback):
         self.teardown(trainer, pl_module, "")
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Says what is going to happen, validates once, and puts restored random states in place."""
+        """Says what is going to happen, and puts restored random states in place."""
         check_epoch(trainer, self.parts_per_rollout(trainer))
         self.cutter = Cutter.of(self.micro_batches, trainer, pl_module)
         if trainer.is_global_zero:
             print_plan(self, trainer)
-        if trainer.global_step == 0 and self.validation.before_training:
-            self._evaluation.before_training(self, trainer, pl_module)
         if self._restored is not None:
-            self._num_tokens = self._restored["num_tokens"]
+            self._metrics.num_tokens = self._restored["num_tokens"]
             self._parts = restore(self._restored, trainer.global_rank, trainer.world_size)
             self._restored = None
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Validates before the first step, once all callbacks have started."""
+        if trainer.global_step == 0 and self.validation.before_training:
+            validate_before_training(trainer)
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
@@ -186,12 +187,14 @@ class RolloutCallback(Callback):
                 f"RolloutCallback got a {type(batch).__name__} from the train loader; use PromptDataModule, "
                 "or a loader that yields PromptBatch"
             )
+        if batch.part % trainer.accumulate_grad_batches == 0:
+            self._clock.begin_step()
         if batch.part == 0:
-            self._clock.restart()
             self._parts = self._roll(trainer, pl_module, batch)
         self.cutter.begin(self._parts[batch.part])
         batch.rollout = self._parts[batch.part].to(pl_module.device)
         batch.samples = self._samples
+        self._clock.begin_training()
 
     def on_after_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Sees how much memory the micro-batch needed."""
@@ -201,10 +204,12 @@ class RolloutCallback(Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Times the step and lets go of a rollout that is used up."""
-        if (batch.part + 1) % trainer.accumulate_grad_batches == 0:
-            log_numbers(pl_module, {"step_time": self._clock.lap(), **self.cutter.metrics()})
+        ends_step = (batch.part + 1) % trainer.accumulate_grad_batches == 0
+        self._clock.end_training(pl_module.device if ends_step else None)
+        if ends_step:
+            log_numbers(pl_module, self._clock.end_step() | self.cutter.metrics())
         if batch.part + 1 == batch.parts:
-            log_numbers(pl_module, {"tokens_per_second": self._clock.rate()}, shown=("tokens_per_second",))
+            log_numbers(pl_module, self._clock.end_rollout(), shown=("tokens_per_second",))
             self._parts = []
 
     def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: Any, optimizer: Any) -> None:
@@ -221,16 +226,10 @@ class RolloutCallback(Callback):
         self._samples = rollout.samples
         if self.record_to is not None:
             record(self.record_to, trainer.global_rank, rollout.requests, rollout.completions)
+        scoring = perf_counter()
         parts, dropped = make_parts(rollout, collector, self, trainer, module)
-        own = {
-            "rollout/dropped_groups": extreme("sum", float(dropped)),
-            "time/rollout": mean_of([perf_counter() - started]),
-        }
-        metrics = over_ranks(rollout.stats | own)
-        self._num_tokens += metrics["num_tokens"]
-        self._clock.tokens = metrics["num_tokens"]
-        metrics["num_tokens"] = self._num_tokens
-        log_numbers(module, metrics, shown=PROGRESS)
+        seconds = {"score": perf_counter() - scoring, "rollout": perf_counter() - started}
+        self._metrics.log(trainer, module, rollout, dropped, seconds)
         return parts * self.num_iterations
 
     def _advantage_of(self, loss: LossConfig) -> str:
@@ -290,14 +289,14 @@ class RolloutCallback(Callback):
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Logs val/reward, val/pass@1 and the means of the reward functions, over all ranks."""
         self.engine.sleep()
-        self._evaluation.log(pl_module, "val")
+        self._evaluation.log(trainer, pl_module, "val")
 
     on_test_batch_start = on_validation_batch_start
 
     def on_test_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Logs test/reward, test/pass@1 and the means of the reward functions, over all ranks."""
         self.engine.sleep()
-        self._evaluation.log(pl_module, "test")
+        self._evaluation.log(trainer, pl_module, "test")
 
     def on_predict_batch_start(
         self,
@@ -313,7 +312,7 @@ class RolloutCallback(Callback):
     def state_dict(self) -> dict[str, Any]:
         """Returns random states and the unused rest of the rollout, of every rank; plain types only."""
         parts = gather([batch_state(p) for p in self._parts] if self._parts else None)
-        return {"random": gather(random_state()), "parts": parts, "num_tokens": self._num_tokens}
+        return {"random": gather(random_state()), "parts": parts, "num_tokens": self._metrics.num_tokens}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Takes over what `state_dict` returned, as soon as training starts."""

@@ -16,8 +16,8 @@ class SampleTable(Callback):
 
     Args:
         every_n_steps: optimizer steps between two tables.
-        rows: completions per table, best and worst of each prompt first.
-        unique_prompts: show each prompt once.
+        rows: completions per table: best and worst of each prompt by reward, then the others.
+        unique_prompts: show each prompt once, with its best completion.
         width: characters of a prompt or completion that are shown.
         folder: where completions-<step>.parquet files go, inside trainer.default_root_dir; null writes none.
     """
@@ -62,19 +62,23 @@ def show(
     table = Table(title=title, title_justify="left")
     for name in samples:
         table.add_column(name, justify="left" if name in ("prompt", "completion") else "right")
-    for i in _chosen(samples["prompt"], rows, unique):
+    for i in _chosen(samples["prompt"], samples["reward"], rows, unique):
         table.add_row(*(_cell(samples[name][i], width) for name in samples))
     Console().print(table)
 
 
-def _chosen(prompts: Sequence[str], rows: int, unique: bool) -> list[int]:
-    if not unique:
-        step = max(len(prompts) // max(rows, 1), 1)
-        return list(range(0, len(prompts), step))[:rows]
-    seen: dict[str, int] = {}
+def _chosen(prompts: Sequence[str], rewards: Sequence[float], rows: int, unique: bool) -> list[int]:
+    """Returns which are shown: best and worst of each prompt, or the best alone; then the others."""
+    of_prompt: dict[str, list[int]] = {}
     for i, prompt in enumerate(prompts):
-        seen.setdefault(prompt, i)
-    return list(seen.values())[:rows]
+        of_prompt.setdefault(prompt, []).append(i)
+    first: list[int] = []
+    for members in of_prompt.values():
+        scored = [i for i in members if rewards[i] == rewards[i]] or members
+        best, worst = max(scored, key=rewards.__getitem__), min(reversed(scored), key=rewards.__getitem__)
+        first += [best] if unique or best == worst else [best, worst]
+    rest = [] if unique else [i for i in range(len(prompts)) if i not in first]
+    return [*first, *rest][:rows]
 
 
 def _cell(value: Any, width: int) -> str:

@@ -3,7 +3,6 @@
 import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
 from time import perf_counter
 from types import SimpleNamespace
 from typing import Any
@@ -167,26 +166,6 @@ def check_accumulation(trainer: pl.Trainer) -> None:
             "GradientAccumulationScheduler changes how many micro-batches a rollout has; "
             "use trainer.accumulate_grad_batches"
         )
-
-
-@dataclass(slots=True)
-class Clock:
-    """Seconds per optimizer step and tokens per second of a rollout."""
-
-    began: float = 0.0
-    last: float = 0.0
-    tokens: float = 0.0
-
-    def restart(self) -> None:
-        self.began = self.last = perf_counter()
-
-    def lap(self) -> float:
-        now = perf_counter()
-        elapsed, self.last = now - self.last, now
-        return elapsed
-
-    def rate(self) -> float:
-        return self.tokens / max(perf_counter() - self.began, 1e-9)
 
 
 @contextmanager

@@ -2,24 +2,14 @@ r"""`math_answer`: finds the final answer in a text and compares it with the rig
 
 import re
 from collections.abc import Iterator, Sequence
-from fractions import Fraction
 from typing import Any
 
 from grpo_lightning.errors import ConfigError
 from grpo_lightning.rewards.functions import text_of
+from grpo_lightning.rewards.math_text import last_number, number, same
+from grpo_lightning.rewards.math_verifier import equivalent
 
 _BRACES = re.compile(r"\\boxed\s*\{|\\[{}]|[{}]")
-_LATEX_FRACTION = re.compile(r"\\[dt]?frac\s*\{([^{}]*)\}\s*\{([^{}]*)\}")
-_LATEX_TEXT = re.compile(r"\\(?:text|textbf|mathrm|mathbf)\s*\{([^{}]*)\}")
-# Blanks of every kind, signs of money and percent, and how LaTeX says them and sizes brackets.
-_NOISE = re.compile(r"\s|\\[!,;: ]|\\?[$%]|\\left(?![a-z])|\\right(?![a-z])")
-_THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
-_DECIMAL = r"(?:\d+\.?\d*|\.\d+)"
-_NUMBER = re.compile(rf"[-+]?{_DECIMAL}(?:/{_DECIMAL})?")
-# As it stands in running text: not inside a word or another number, thousands with commas.
-_NUMBER_IN_TEXT = re.compile(
-    r"(?<![\w.])-?(?:\\?\$)?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)?(?:(?<=\d)|(?=\.\d))(?:\.\d+)?(?:/\d+(?:\.\d+)?)?"
-)
 
 
 def math_answer(
@@ -31,9 +21,14 @@ def math_answer(
     r"""Returns 1.0 where the final answer is right, 0.0 where wrong or absent, None where none is known.
 
     The final answer of a completion is its last `\boxed{…}`, else what follows its last `####`, else its last
-    number. Both sides are compared as exact numbers (`1,000` = `1000.0`, `$5` = `5`, `50%` = `50`,
-    `\frac{1}{2}` = `1/2` = `0.5`), or as text without blanks and case if one is not a number. Algebra is not
-    simplified: `x+1` is not `1+x`.
+    number. Two numbers are compared exactly, however they are written: `1,000` = `1{,}000` = `1e3` = `10^3`,
+    `0.5` = `1/2` = `\frac12`, `1\frac12` = `1.5`, `−5` (U+2212) = `-5`; 0.333 is not 1/3. A unit, a currency
+    or a percent sign that only one side has is ignored, two different ones are not: `5\text{ cm}` = `5`,
+    `50%` = `50`, `5 cm` is not `5 m`. `x = 5` = `5`. Members of lists, tuples and intervals are compared one
+    by one, everything else as text without blanks and case.
+
+    Where the package math-verify is installed, it is asked about answers that are neither equal by these
+    rules nor both numbers: then `x+1` = `1+x`, `2\sqrt2` = `\sqrt8`, `\{1, 2\}` = `\{2, 1\}`.
 
     Args:
         completions: [S] texts or message lists.
@@ -64,11 +59,15 @@ def _score(text: str, gold: Any) -> float | None:
         return None
     found = _marked(text)
     if found is None:
-        found = _last_number(text)
+        found = last_number(text)
     if found is None:
         return 0.0
     expected = _marked(str(gold))
-    return float(_same(found, str(gold) if expected is None else expected))
+    expected = str(gold) if expected is None else expected
+    if same(found, expected):
+        return 1.0
+    numbers = number(found) is not None and number(expected) is not None
+    return float(not numbers and equivalent(found, expected))
 
 
 def _marked(text: str) -> str | None:
@@ -80,7 +79,7 @@ def _marked(text: str) -> str | None:
         return None
     line, _, rest = text.rpartition("####")[2].strip().partition("\n")
     # `####` is a heading of Markdown too: with text below it, only a number is an answer.
-    return line if line and (not rest or _number(line) is not None) else None
+    return line if line and (not rest or number(line) is not None) else None
 
 
 def _boxed(text: str) -> Iterator[tuple[int, int]]:
@@ -93,29 +92,3 @@ def _boxed(text: str) -> Iterator[tuple[int, int]]:
                 yield start, token.start()
         elif token[0].endswith("{") and token[0] != r"\{":
             open_braces.append((token[0] != "{", token.end()))
-
-
-def _last_number(text: str) -> str | None:
-    numbers = _NUMBER_IN_TEXT.findall(_LATEX_FRACTION.sub(r"\1/\2", text))
-    return numbers[-1] if numbers else None
-
-
-def _same(a: str, b: str) -> bool:
-    x, y = _number(a), _number(b)
-    return _plain(a) == _plain(b) if x is None or y is None else x == y
-
-
-def _plain(text: str) -> str:
-    text = _LATEX_TEXT.sub(r"\1", _LATEX_FRACTION.sub(r"\1/\2", text))
-    return _THOUSANDS.sub("", _NOISE.sub("", text)).rstrip(".").casefold()
-
-
-def _number(text: str) -> Fraction | None:
-    plain = _plain(text)
-    if not _NUMBER.fullmatch(plain):
-        return None
-    above, _, below = plain.partition("/")
-    try:
-        return Fraction(above) / Fraction(below or 1)
-    except (ValueError, ZeroDivisionError):  # more digits than Python converts; division by zero
-        return None

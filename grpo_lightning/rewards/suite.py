@@ -38,6 +38,8 @@ class Scores:
     """mean of the values that functions gave to `log_metric`, by name"""
     extra: dict[str, list[Any]]
     """[S] values that functions gave to `log_extra`, by column"""
+    logged_by: dict[str, str]
+    """the function that logged a metric or a column"""
 
     @classmethod
     def join(cls, parts: "list[Scores]") -> "Scores":
@@ -53,6 +55,7 @@ class Scores:
             [total for p in parts for total in p.totals],
             {name: math.fsum(values) / len(values) for name, values in logged.items()},
             {c: [v for p in parts for v in p.extra.get(c, [None] * len(p.values))] for c in columns},
+            {name: owner for p in parts for name, owner in p.logged_by.items()},
         )
 
 
@@ -128,7 +131,7 @@ class Rewards:
             if len(values) != len(completions):
                 raise ValueError(f"{name} has {len(values)} entries for {len(completions)} completions")
         if not completions:  # a rank without a prompt in this batch knows no columns either
-            return Scores(list(self.names), [], list(self.weights), [], {}, {})
+            return Scores(list(self.names), [], list(self.weights), [], {}, {}, {})
         self.check_columns(columns)
         log = _Log(size=len(completions))
         samples = Samples(prompts, completions, columns)
@@ -138,18 +141,16 @@ class Rewards:
             "completions": partial(_as_messages, prompts, completions),
             "completion_ids": lambda: [list(ids) for ids in completion_ids],
             "trainer_state": lambda: trainer_state,
-            "log_extra": lambda: log.add_extra,
-            "log_metric": lambda: log.add_metric,
         }
-        returned = self._call(copies, samples)
+        returned = self._call(copies, log, samples)
         by_function = [as_floats(n, r, samples) for n, r in zip(self.names, returned, strict=True)]
         values = [[own[s] for own in by_function] for s in range(len(completions))]
         totals = [_weighted_sum(row, self.weights) for row in values]
         _warn_of_unscored(totals)
         metrics = {name: math.fsum(logged) / len(logged) for name, logged in log.metrics.items()}
-        return Scores(list(self.names), values, list(self.weights), totals, metrics, log.extra)
+        return Scores(list(self.names), values, list(self.weights), totals, metrics, log.extra, log.owners)
 
-    def _call(self, copies: Mapping[str, Callable[[], Any]], samples: Samples) -> list[Any]:
+    def _call(self, copies: Mapping[str, Callable[[], Any]], log: "_Log", samples: Samples) -> list[Any]:
         """Returns what each function returned. Calling an async one makes its coroutine; these run last."""
         results: list[Any] = []
 
@@ -162,7 +163,7 @@ class Rewards:
 
         try:
             for reward in self._rewards:
-                arguments = reward.pick(copies)
+                arguments = reward.pick({**copies, **log.receivers(reward.name)})
                 with failures_named(reward.name, samples):
                     results.append(reward.function(**arguments))
             if any(inspect.isawaitable(result) for result in results):
@@ -216,11 +217,21 @@ class _Log:
     size: int
     metrics: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
     extra: dict[str, list[Any]] = field(default_factory=dict)
+    owners: dict[str, str] = field(default_factory=dict)
 
-    def add_metric(self, name: str, value: Any) -> None:
+    def receivers(self, owner: str) -> dict[str, Callable[[], Any]]:
+        """Returns what makes `log_extra` and `log_metric` for a function."""
+        return {
+            "log_extra": lambda: partial(self._add_extra, owner),
+            "log_metric": lambda: partial(self._add_metric, owner),
+        }
+
+    def _add_metric(self, owner: str, name: str, value: Any) -> None:
+        self.owners[name] = owner
         self.metrics[name].append(float(value))
 
-    def add_extra(self, column: str, values: Iterable[Any]) -> None:
+    def _add_extra(self, owner: str, column: str, values: Iterable[Any]) -> None:
+        self.owners[column] = owner
         listed = list(values)
         if len(listed) != self.size:
             raise ValueError(f"log_extra({column!r}, …) got {len(listed)} values for {self.size} completions")

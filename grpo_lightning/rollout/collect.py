@@ -11,7 +11,7 @@ from torch import Tensor
 
 from grpo_lightning import advantages as adv
 from grpo_lightning.batch import RolloutBatch
-from grpo_lightning.errors import EngineError
+from grpo_lightning.errors import ConfigError, EngineError
 from grpo_lightning.metrics import all_sum, length_stats, reward_stats
 from grpo_lightning.rewards.suite import Rewards, Scores
 from grpo_lightning.rollout.engine import Request, RolloutEngine, describe, sample_seeds
@@ -122,7 +122,6 @@ class Collector:
             **reward_stats(
                 scores.names, rewards.by_function, rewards.total, rewards.group_ids, len(requests)
             ),
-            **{name: mean_of([value]) for name, value in scores.metrics.items()},
             **{f"time/{name}": mean_of([s]) for name, s in seconds.items()},
             **({"rollout/replaced_groups": extreme("sum", float(replaced))} if self.by_group else {}),
         }
@@ -266,5 +265,11 @@ def _samples(
         "reward": total.tolist(),
         "advantage": advantages.tolist(),
     }
-    extra: Mapping[str, list[Any]] = scores.extra
-    return columns | {k: v for k, v in extra.items() if k not in columns}
+    for name in scores.extra:
+        if name in columns:
+            owner = scores.logged_by[name]
+            raise ConfigError(
+                f"reward function {owner!r} calls log_extra({name!r}, ...), but the samples have a column "
+                f"of that name; take another name, e.g. {f'{owner}/{name}'!r}"
+            )
+    return columns | scores.extra

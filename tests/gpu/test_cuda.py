@@ -94,7 +94,8 @@ def test_fit_and_resume(precision, tmp_path):
     rows = [r for r in rows_of(tmp_path) if r["loss"]]
     assert len(rows) == 3
     limit = 1e-3 if precision == "32-true" else 0.2
-    assert all(float(r["sampling/sampling_logp_difference/mean"]) < limit for r in rows)
+    name = "sampling/sampling_logp_difference/mean"
+    assert 0 <= max(float(r[name]) for r in rows if r[name]) < limit
     m = module(folder)
     trainer(tmp_path / "b", rollout(), **settings).fit(m, data(), ckpt_path=tmp_path / "step=1.ckpt")
     assert {p.dtype for p in m.policy.trainable().values()} == {torch.float32}

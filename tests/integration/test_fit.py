@@ -138,9 +138,8 @@ def test_several_updates_per_rollout_use_old_logprobs(model_folder, tmp_path):
     trainer(tmp_path, r, max_steps=8, accumulate_grad_batches=2).fit(m, data())
     rows = [x for x in rows_of(tmp_path) if x["loss"]]
     assert len(rows) == 8
-    # fresh samples after four optimizer steps: time/rollout is logged once per rollout and repeated in
-    # between
-    assert len({x["time/rollout"] for x in rows}) == 2
+    # fresh samples after four optimizer steps
+    assert [int(x["step"]) for x in rows if x["time/rollout"]] == [0, 4]
 
 
 def test_first_pass_after_an_update_clips_something(model_folder, tmp_path):
@@ -285,9 +284,10 @@ def test_bf16_true_keeps_fp32_adapters(model_folder, tmp_path):
     trainer(tmp_path, rollout(), precision="bf16-true").fit(m, data())
     assert m.policy.causal.dtype == torch.bfloat16
     assert {p.dtype for p in m.policy.trainable().values()} == {torch.float32}
-    assert all(
-        float(r["sampling/sampling_logp_difference/mean"]) < 0.1 for r in rows_of(tmp_path) if r["loss"]
-    )
+    name = "sampling/sampling_logp_difference/mean"
+    distances = [float(r[name]) for r in rows_of(tmp_path) if r[name]]
+    assert len(distances) > 0
+    assert max(distances) < 0.1
 
 
 def test_dead_groups_are_skipped_without_changing_the_step(model_folder, tmp_path, monkeypatch):

@@ -1,6 +1,7 @@
 """Pages made from the tables are in step with them."""
 
 import importlib.util
+import re
 from pathlib import Path
 
 import pytest
@@ -46,3 +47,31 @@ def test_curves_pass_through_minus_a_at_ratio_one(name):
     values, slopes = maker().curve(name, 1.0, torch.tensor([1.0]))
     assert slopes == pytest.approx([-1.0])
     assert len(values) == 1
+
+
+OF_TOKENS = ("entropy", "clip_ratio/", "sampling/")
+"""documented together with what they cover"""
+
+
+def documented(name, cell):
+    """Whether a cell of docs/metrics.md, such as `a/{b,c}`, `/d` or `<name>/*`, stands for a metric."""
+    for written in re.findall("`([^`]+)`", cell):
+        form = re.escape(written.replace("<name>", "*")).replace(r"\*", ".+")
+        form = re.sub(r"\\\{([^}]*)\\\}", lambda m: f"(?:{m[1].replace(',', '|')})", form)
+        if re.fullmatch(f".+{form}" if written.startswith("/") else form, name):
+            return True
+    return False
+
+
+def test_every_metric_is_in_the_table_of_metrics(model_folder, tmp_path):
+    from fits import data, module, rollout, rows_of, trainer
+
+    settings = {"val_check_interval": 1, "check_val_every_n_epoch": None, "max_steps": 2}
+    loss = LossConfig("cispo", kl_coef=0.1, entropy_coef=0.01, off_policy_threshold=0.5)
+    t = trainer(tmp_path, rollout(updates_per_rollout=2), **settings)
+    t.fit(module(model_folder, loss=loss), data(validation_split=4))
+    names = [n for n in rows_of(tmp_path)[0] if n not in ("epoch", "step") and not n.startswith(OF_TOKENS)]
+    rows = (ROOT / "docs" / "metrics.md").read_text().split("## Where")[0].splitlines()
+    cells = [line.split("|")[1] for line in rows if line.startswith("| `")]
+    assert len(names) > 30
+    assert [n for n in names if not any(documented(n, c) for c in cells)] == []

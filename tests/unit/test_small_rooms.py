@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from grpo_lightning.errors import ConfigError, choices
-from grpo_lightning.metrics import length_stats, log_numbers, on_host, over_ranks, reward_stats
+from grpo_lightning.metrics import gradient_norm, length_stats, log_numbers, on_host, over_ranks, reward_stats
 from grpo_lightning.samples import Completion
 from grpo_lightning.schedulers import WarmupCosine
 from grpo_lightning.stats import combine, extreme, mean, mean_of, spread_of, values
@@ -49,7 +49,12 @@ def test_numbers_come_to_the_host_as_they_are():
 
 def test_what_is_logged_stays_on_the_host():
     seen = {}
-    module = SimpleNamespace(log=lambda name, value, **how: seen.update({name: (value, how)}))
+    loop = SimpleNamespace(epoch_loop=SimpleNamespace(_batches_that_stepped=0))
+    module = SimpleNamespace(
+        log=lambda name, value, **how: seen.update({name: (value, how)}),
+        trainer=SimpleNamespace(_results={}, log_every_n_steps=1, fit_loop=loop),
+        _current_fx_name="training_step",
+    )
     log_numbers(module, {"a": 2**24 + 1.0, "b": 3.0}, shown=("b",))
     assert seen["a"][0].dtype == torch.float64
     assert seen["a"][0].item() == 2**24 + 1
@@ -79,10 +84,22 @@ def test_reward_stats_leave_out_what_does_not_apply():
     assert got["rewards/a/mean"] == pytest.approx(2 / 3)
     assert got["rewards/b/mean"] == 2.0
     assert got["reward"] == pytest.approx(4 / 3)
-    assert got["reward_std"] == pytest.approx(0.5**0.5 / 2)
+    assert got["reward_std"] == pytest.approx(0.5**0.5)  # the second group has one score: no spread
     assert got["frac_reward_zero_std"] == 0.5
     assert got["rewards/unscorable_frac"] == 0.25
     assert "rewards/b/std" not in got
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+def test_the_norm_of_a_gradient_is_one_of_fp32(dtype):
+    """Squares of 300 do not fit into fp16, and 4,097 summands of a square not into the 8 bits of bf16."""
+    params = [torch.nn.Parameter(torch.zeros(shape, dtype=dtype)) for shape in ((64, 64), (1,), (3,))]
+    for p, g in zip(params[:2], (300.0, 2.0), strict=True):
+        p.grad = torch.full_like(p, g)
+    found = gradient_norm(params)
+    assert found.dtype == torch.promote_types(dtype, torch.float32)
+    assert found.item() == pytest.approx((300**2 * 64**2 + 4) ** 0.5, rel=1e-6)
+    assert gradient_norm(params[2:]) == 0
 
 
 def test_warmup_cosine():
@@ -120,3 +137,25 @@ def test_sample_table_shows_brackets_and_cuts_long_texts(capsys):
     assert "a" * 21 not in out
     show("step 1", {**samples, "prompt": ["same", "same"]}, rows=2, width=20, unique=True)
     assert capsys.readouterr().out.count("same") == 1
+
+
+def test_sample_table_shows_best_and_worst_of_each_prompt_first(capsys):
+    from grpo_lightning.callbacks.sample_table import show
+
+    nan = float("nan")
+    samples = {
+        "prompt": ["p"] * 4 + ["q"] * 4,
+        "completion": [f"<{i}>" for i in range(8)],
+        "reward": [0.5, 0.1, 0.9, 0.5, nan, 2.0, 2.0, nan],
+    }
+
+    def shown(rows, **how):
+        show("step 1", samples, rows=rows, width=20, **how)
+        return [
+            int(line.partition("<")[2][0]) for line in capsys.readouterr().out.splitlines() if "<" in line
+        ]
+
+    assert shown(4) == [2, 1, 5, 6]
+    assert shown(3) == [2, 1, 5]
+    assert shown(7) == [2, 1, 5, 6, 0, 3, 4]
+    assert shown(4, unique=True) == [2, 5]
