@@ -279,7 +279,7 @@ def fit(
         reward_weights=[1.0, 0.1],
         advantage="group_mean",
         sampling=SamplingParams(max_tokens=16),
-        max_parity=100.0,
+        on_policy_mismatch="warn",
     )
     precision = ("16-true" if way == "fp16" else "bf16-true") if cuda or way != "fp16" else "32-true"
     trainer = pl.Trainer(

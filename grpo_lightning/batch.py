@@ -77,6 +77,7 @@ class RolloutBatch:
     rewards: Tensor  # [S] float32; NaN where no reward applies
     advantages: Tensor  # [S] float32
     group_tokens: Tensor  # [P] int64; trainable tokens of each group in the whole window
+    sample_weights: Tensor | None = None  # [S] float32; completions it stands for in metrics; None: all 1
     sampler_logprobs: Tensor | None = None  # [N] nats, the engine's policy; over its kept set if `truncation`
     old_logprobs: Tensor | None = (
         None  # [N] nats, the policy before the first update; None: the training forward's
@@ -199,6 +200,7 @@ class RolloutBatch:
         row = torch.tensor(rows, dtype=torch.int64, device=device)
         token = torch.tensor(tokens, dtype=torch.int64, device=device)
         seq = torch.tensor(list(sequences), dtype=torch.int64, device=device)
+        weights = None if self.sample_weights is None else self.sample_weights[seq]
         layout = {k: v.to(device) for k, v in geometry(prompt_lengths, lengths, renumbered).items()}
         optional = {
             name: None if (value := getattr(self, name)) is None else value[token] for name in PER_TOKEN
@@ -210,6 +212,7 @@ class RolloutBatch:
             group_ids=torch.tensor(renumbered, dtype=torch.int64, device=device),
             rewards=self.rewards[seq],
             advantages=self.advantages[seq],
+            sample_weights=weights,
             group_tokens=self.group_tokens[torch.tensor(groups, dtype=torch.int64, device=device)],
             prompt_lengths=prompt_lengths,
             lengths=lengths,

@@ -36,9 +36,14 @@ def all_sum(x: Tensor) -> Tensor:
 
 def over_ranks(stats: Mapping[str, Stat]) -> dict[str, float]:
     """Returns the metrics of all ranks together: global sums over global counts."""
+    return values(all_ranks(stats))
+
+
+def all_ranks(stats: Mapping[str, Stat]) -> dict[str, Stat]:
+    """Returns the parts of all ranks together, as fp64 on the host."""
     numbers = iter(on_host([x for s in stats.values() for x in (s.value, s.weight)]))
     host = {k: Stat(s.kind, next(numbers), next(numbers)) for k, s in stats.items()}
-    return values(combine(gather(host)))
+    return combine(gather(host))
 
 
 def on_host(tensors: Sequence[Tensor]) -> list[Tensor]:

@@ -19,14 +19,14 @@ from grpo_lightning.kernels import KernelConfig
 from grpo_lightning.lora import check_quantization, lora_config, starts_as_base
 from grpo_lightning.losses import Coefficients, LossConfig
 from grpo_lightning.losses.policy_loss import Weights
-from grpo_lightning.metrics import gradient_norm, gradient_scale, log_numbers, over_ranks
+from grpo_lightning.metrics import all_ranks, gradient_norm, gradient_scale, log_numbers
 from grpo_lightning.models import named, resolve_model
 from grpo_lightning.ops import policy_loss
 from grpo_lightning.probe import settle_forward
 from grpo_lightning.reference import ReferenceConfig
 from grpo_lightning.samples import PromptBatch
-from grpo_lightning.stats import Stat, combine, extreme, mean
-from grpo_lightning.verification import check_totals, engine_distance, first_step_distance
+from grpo_lightning.stats import Stat, combine, values
+from grpo_lightning.verification import check_totals, engine_gap, first_step_distance, rollout_stats
 from grpo_lightning.weight_dtypes import WeightsChanged, check_precision, check_trained
 
 if TYPE_CHECKING:
@@ -103,6 +103,8 @@ class GRPOModule(pl.LightningModule):
         self._window: list[Mapping[str, Stat]] = []
         self.window_metrics: dict[str, float] = {}
         """what the loss of the latest optimizer step logged"""
+        self.window_stats: dict[str, Stat] = {}  # the sums that these are made of, over all ranks
+        self.window_gaps: list[Tensor | None] = []  # of `engine_gap`, by micro-batch; None: not comparable
         self.coefficients = Coefficients(self.loss)
         self._tokenizer: Any = None
         self._model_path: str | None = None
@@ -228,6 +230,8 @@ class GRPOModule(pl.LightningModule):
         rollout = rollout if log_kept is None else rollout.rescored(log_kept)
         backend = "triton" if self.policy.prepared.chosen["loss"] else "torch"
         out = policy_loss(logprobs, rollout, self.loss, entropy, backend=backend, **weights)
+        if not self._window:
+            self.window_gaps = []
         self._window.append(out.stats | self._rollout_stats(rollout, logprobs.detach()))
         if self._window_is_full(batch_idx):
             self._log_window()
@@ -270,22 +274,17 @@ class GRPOModule(pl.LightningModule):
 
     def _rollout_stats(self, rollout: RolloutBatch, logprobs: Tensor) -> dict[str, Stat]:
         lag = self.global_step - rollout.policy_version
-        stats = {
-            "rollout/policy_lag": mean(float(lag), 1.0),
-            "rollout/window_tokens": extreme("max", float(rollout.totals.tokens)),
-            "rollout/loss_tokens": extreme("sum", float(sum(rollout.lengths))),
-        }
-        if lag == 0 and rollout.old_logprobs is not None and len(logprobs):
-            error = ((logprobs - rollout.old_logprobs).exp() - 1).abs().max()
-            stats["ratio/first_pass_max_error"] = extreme("max", error)
-        return stats | (engine_distance(rollout, logprobs) if lag == 0 else {})
+        gap = engine_gap(rollout, logprobs) if lag == 0 else None
+        self.window_gaps.append(gap)
+        return rollout_stats(rollout, logprobs, gap, lag)
 
     def _window_is_full(self, batch_idx: int) -> bool:
         k = self.trainer.accumulate_grad_batches
         return (batch_idx + 1) % k == 0 or batch_idx + 1 == self.trainer.num_training_batches
 
     def _log_window(self) -> None:
-        metrics = over_ranks(combine(self._window))
+        self.window_stats = all_ranks(combine(self._window))
+        metrics = values(self.window_stats)
         self._window.clear()
         if "loss" not in metrics:
             raise GRPOError(

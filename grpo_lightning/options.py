@@ -183,6 +183,7 @@ WHERE: dict[str, str] = {
     "push_to_hub_merged": "planned as an export format; until then upload an exported folder",
     "token": "not offered: tokens come from the environment only (HF_TOKEN)",
     # Stale names
+    "max_parity": "rollout.on_policy_mismatch (stop or warn; what rounding explains is measured, not set)",
     "kl_coef": "model.loss.kl_coef (default 0.0; usual with k3 are 0.001 to 0.04)",
     "max_new_tokens": "rollout.sampling.max_tokens",
     "max_prompt_length": "data.max_prompt_tokens (what happens beyond it: data.overlong)",

@@ -196,3 +196,29 @@ def balance(
         low, high = (low, middle) if len(fill(middle)) <= m else (middle + 1, high)
     parts = fill(low)
     return parts + [[] for _ in range(m - len(parts))]
+
+
+def sampling_weights(lengths: Sequence[int], draws: int, u: float) -> list[float]:
+    """Returns how many completions each one stands for in a systematic sample, 0 for those left out.
+
+    All tokens lie on a line, and `draws` evenly spaced points of it choose the completions they fall on: one
+    is chosen in proportion to its tokens. With weights w_s and any y_s, the sum of w_s y_s is an unbiased
+    estimate of the sum of y_s, and the sum of w_s times lengths is the number of tokens exactly (Madow 1949).
+
+    Args:
+        lengths: tokens of each completion.
+        draws: points; a completion longer than their distance may be hit more than once.
+        u: in [0, 1), where the first point lies within the first distance.
+    """
+    step = sum(lengths) / draws
+    weights, before = [], 0
+    for n in lengths:
+        hits = _points_below((before + n) / step, u) - _points_below(before / step, u)
+        weights.append(hits * step / n if hits else 0.0)
+        before += n
+    return weights
+
+
+def _points_below(x: float, u: float) -> int:
+    """Returns how many of u, u + 1, u + 2, ... are below x."""
+    return max(-int((u - x) // 1), 0)

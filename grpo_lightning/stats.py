@@ -7,7 +7,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-Kind = Literal["mean", "std", "share", "sum", "min", "max"]
+Kind = Literal["mean", "std", "share", "ratio", "ratio_error", "sum", "min", "max"]
 
 
 class Stat(NamedTuple):
@@ -35,10 +35,39 @@ def spread_of(values: Tensor) -> Stat:
     return Stat("std", torch.stack([x.sum(), (x * x).sum()]), _number(float(x.numel())))
 
 
-def effective_share(weights: Tensor) -> Stat:
-    """Returns the effective sample size of `weights` as a share, (sum c)^2 / (N sum c^2), as a part."""
+def effective_share(weights: Tensor, counts: Tensor | None = None) -> Stat:
+    """Returns the effective sample size of `weights` as a share, (sum c)^2 / (N sum c^2), as a part.
+
+    Args:
+        weights: [N] c.
+        counts: [N], how many each stands for; None is 1.
+    """
     c = weights.detach().double()
-    return Stat("share", torch.stack([c.sum(), (c * c).sum()]), _number(float(c.numel())))
+    n = torch.ones_like(c) if counts is None else counts.double()
+    return Stat("share", torch.stack([(n * c).sum(), (n * c * c).sum()]), n.sum())
+
+
+def ratio(totals: Tensor, counts: Tensor, weights: Tensor | None = None) -> tuple[Stat, Stat]:
+    """Returns the mean per counted thing and its standard error, as parts.
+
+    The estimate is sum(w y) / sum(w n) over independent units of which each has a total y and a count n; the
+    error is that of a ratio of sums, linearised.
+
+    Args:
+        totals: [S] y.
+        counts: [S] n.
+        weights: [S] w, how many units each stands for; None is 1.
+    """
+    w = torch.ones_like(totals, dtype=torch.float64) if weights is None else weights.double()
+    y, n = w * totals.double(), w * counts.double()
+    sums = torch.stack([y.sum(), n.sum(), (y * y).sum(), (y * n).sum(), (n * n).sum()])
+    units = (counts > 0).sum()
+    return Stat("ratio", sums, units), Stat("ratio_error", sums, units)
+
+
+def _ratio_error(v: Tensor, n: Tensor) -> Tensor:
+    k = v[0] / v[1]
+    return (v[2] - 2 * k * v[3] + k**2 * v[4]).clamp(min=0).mul(n / (n - 1)).sqrt() / v[1]
 
 
 def extreme(kind: Literal["sum", "min", "max"], value: Tensor | float) -> Stat:
@@ -55,6 +84,8 @@ _FOLD: dict[Kind, Callable[[Tensor, Tensor], Tensor]] = {
     "mean": torch.add,
     "std": torch.add,
     "share": torch.add,
+    "ratio": torch.add,
+    "ratio_error": torch.add,
     "sum": torch.add,
     "min": torch.minimum,
     "max": torch.maximum,
@@ -64,6 +95,8 @@ _FINISH: dict[Kind, Callable[[Tensor, Tensor], Tensor]] = {
     "mean": lambda v, n: v / n,
     "std": lambda v, n: ((v[1] - v[0] ** 2 / n).clamp(min=0) / (n - 1)).sqrt(),
     "share": lambda v, n: v[0] ** 2 / (n * v[1]),
+    "ratio": lambda v, n: v[0] / v[1],
+    "ratio_error": _ratio_error,
     "sum": lambda v, n: v,
     "min": lambda v, n: v,
     "max": lambda v, n: v,

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,9 +11,12 @@ from torch import Tensor
 from grpo_lightning.batch import RolloutBatch
 from grpo_lightning.errors import ConfigError, GRPOError
 from grpo_lightning.layouts import padded_hidden
+from grpo_lightning.losses.segments import Segments
+from grpo_lightning.losses.window import given
 from grpo_lightning.metrics import over_ranks
-from grpo_lightning.policy import Policy
-from grpo_lightning.stats import Stat, extreme, mean
+from grpo_lightning.policy import Policy, TokenScores
+from grpo_lightning.rounding import head_logprobs, random_rounding, rounding_unit
+from grpo_lightning.stats import Stat, extreme, mean, ratio
 
 LARGEST_DISTANCE = {torch.float64: 1e-3, torch.float32: 1e-3, torch.float16: 0.05, torch.bfloat16: 0.1}
 """mean distance, in nats, of two forwards that differ by rounding alone"""
@@ -124,18 +128,73 @@ def _largest_distance(policy: Policy) -> float:
     return 0.01 if tf32 and kind == torch.float32 else LARGEST_DISTANCE[kind]
 
 
-def engine_distance(rollout: RolloutBatch, logprobs: Tensor) -> dict[str, Stat]:
-    """Returns how far apart, in nats, engine and trainer are on tokens sampled from this very policy.
+FARTHEST = 5.0
+"""nats by which the trainer may find a sampled token likelier than the engine did; beyond, k3 counts this"""
+
+
+def k3(gap: Tensor) -> Tensor:
+    """Returns exp(x) - 1 - x >= 0 in fp64, whose mean estimates KL(q || p) for tokens sampled from q.
+
+    Args:
+        gap: x = log p - log q, in nats (Schulman 2020, "Approximating KL divergence").
+    """
+    x = gap.double().clamp(max=FARTHEST)
+    return x.expm1() - x
+
+
+def engine_gap(rollout: RolloutBatch, logprobs: Tensor) -> Tensor | None:
+    """Returns the trainer's less the engine's log-probabilities [N] in nats; None if there are none.
+
+    Not finite where the engine reported nothing.
 
     Args:
         rollout: S completions, sampled by the policy whose `logprobs` [N] these are.
         logprobs: without gradient.
     """
-    if rollout.sampler_logprobs is None:
+    return None if rollout.sampler_logprobs is None else logprobs - rollout.sampler_logprobs
+
+
+def rollout_stats(rollout: RolloutBatch, logprobs: Tensor, gap: Tensor | None, lag: int) -> dict[str, Stat]:
+    """Returns what a micro-batch is part of, how far it is from its engine, and its ratios from 1 at first.
+
+    Args:
+        rollout: a micro-batch.
+        logprobs: [N] of the training forward, without gradient.
+        gap: of `engine_gap`, or None.
+        lag: optimizer steps since the completions were sampled.
+    """
+    stats = {
+        "rollout/policy_lag": mean(float(lag), 1.0),
+        "rollout/window_tokens": extreme("max", float(rollout.totals.tokens)),
+        "rollout/loss_tokens": extreme("sum", float(sum(rollout.lengths))),
+    }
+    if lag == 0 and rollout.old_logprobs is not None and len(logprobs):
+        error = ((logprobs - rollout.old_logprobs).exp() - 1).abs().max()
+        stats["ratio/first_pass_max_error"] = extreme("max", error)
+    return stats if gap is None else stats | engine_distance(rollout, gap)
+
+
+def engine_distance(rollout: RolloutBatch, gap: Tensor) -> dict[str, Stat]:
+    """Returns how far apart, in nats a token, engine and trainer are over all sampled tokens.
+
+    `sampling/kl_engine_trainer` is k3 with its standard error, completions being independent;
+    `sampling/parity_mean` and `_max` are of |gap|.
+
+    Args:
+        rollout: of `engine_gap`.
+        gap: what it returned.
+    """
+    if not len(gap):
         return {}
-    gap = (logprobs - rollout.sampler_logprobs).abs()
-    gap = gap[torch.isfinite(gap)]
-    return _distance("sampling/parity", gap) if len(gap) else {}
+    segments, known = Segments.of(rollout), torch.isfinite(gap)
+    apart = torch.where(known, gap, 0.0)
+    kl, error = ratio(segments.sum(k3(apart)), segments.sum(known.double()), rollout.sample_weights)
+    return {
+        "sampling/parity_mean": segments.token_mean(apart.abs(), known),
+        "sampling/parity_max": extreme("max", torch.where(known, gap.abs(), -torch.inf).max()),
+        "sampling/kl_engine_trainer": kl,
+        "sampling/kl_engine_trainer_error": error,
+    }
 
 
 def check_totals(metrics: Mapping[str, float], step: int) -> None:
@@ -157,3 +216,82 @@ def check_totals(metrics: Mapping[str, float], step: int) -> None:
 
 def _distance(name: str, gap: Tensor) -> dict[str, Stat]:
     return {f"{name}_mean": mean(gap.sum(), len(gap)), f"{name}_max": extreme("max", gap.max())}
+
+
+class Distances(NamedTuple):
+    """Sums of k3 over each of C completions, in nats, as fp64 on the host."""
+
+    tokens: Tensor  # [C]
+    engine_trainer: Tensor  # [C]
+    engine_stock: Tensor  # [C] stock: the model as it was loaded, and no kernels
+    trainer_stock: Tensor  # [C]
+    rounding: Tensor  # [C] stock against stock rounded at random
+
+
+def distances(policy: Policy, batch: RolloutBatch, gap: Tensor | None, seed: int) -> Distances:
+    """Returns how far engine, trainer and the model as it was loaded are from each other.
+
+    Args:
+        policy: as it was when the completions were sampled.
+        batch: completions with what the engine said of them.
+        gap: [N] trainer less engine, where a training forward has given it; None runs the prepared model.
+        seed: of the random rounding.
+    """
+    found = [_distances(policy, piece, own, seed) for piece, own in _pieces(batch, gap)]
+    return Distances(*(torch.cat(column).double().cpu() for column in zip(*found, strict=True)))
+
+
+AT_ONCE = 16384
+"""tokens, padding included, of a stock forward that compares"""
+ROUNDINGS = 2
+"""random roundings that the scale is the mean of"""
+
+
+def _pieces(batch: RolloutBatch, gap: Tensor | None) -> Iterator[tuple[RolloutBatch, Tensor | None]]:
+    """Yields the completions in runs that a padded forward has room for."""
+    runs: list[list[int]] = [[]]
+    widest = 0
+    for s, (g, n) in enumerate(zip(batch.host_groups, batch.lengths, strict=True)):
+        widest = max(widest, batch.prompt_lengths[g] + n)
+        if runs[-1] and widest * (len(runs[-1]) + 1) > AT_ONCE:
+            runs.append([])
+            widest = batch.prompt_lengths[g] + n
+        runs[-1].append(s)
+    for run in runs:
+        mine = torch.isin(batch.sequence_ids, torch.tensor(run, device=batch.sequence_ids.device))
+        yield batch.take(run), None if gap is None else gap[mine]
+
+
+def _distances(policy: Policy, batch: RolloutBatch, gap: Tensor | None, seed: int) -> Distances:
+    decoder, eps = policy.decoder, rounding_unit(policy.compute_dtype, policy.causal.device)
+    engine = given(batch.sampler_logprobs)
+    if gap is None:
+        with _prepared(policy):
+            gap = _sampled(policy.logprobs(batch)) - engine
+    with policy.prepared.plain(), policy.generating():
+        stock = _sampled(
+            policy.scores(padded_hidden(decoder, batch, policy.pad_id), batch, entropy_grad=False)
+        )
+        rounded = []
+        for i in range(ROUNDINGS):
+            with random_rounding(decoder, eps, seed + i):
+                hidden = padded_hidden(decoder, batch, policy.pad_id)
+            rounded.append(head_logprobs(policy, hidden, batch))
+    known = torch.isfinite(gap)
+    # Tokens are the engine's: of two other programs neither has a reason to find them likelier.
+    pairs = [
+        (gap,),
+        (stock - engine,),
+        (-(stock - engine - gap).abs(),),
+        [-(r - stock).abs() for r in rounded],
+    ]
+    segments = Segments.of(batch)
+    sums = [
+        segments.sum(torch.stack([k3(torch.where(known, x, 0.0)) for x in pair]).mean(0)) for pair in pairs
+    ]
+    return Distances(segments.sum(known.double()), *sums)
+
+
+def _sampled(scores: TokenScores) -> Tensor:
+    """Returns log-probabilities [N] of the distribution that was sampled from, as engines report them."""
+    return scores.logprobs if scores.log_kept is None else scores.logprobs - scores.log_kept

@@ -12,10 +12,18 @@ from grpo_lightning.callbacks.surroundings import profiled, run_seed
 from grpo_lightning.losses import LossConfig
 from grpo_lightning.losses.window import choose_tokens, given, reference_gap
 from grpo_lightning.metrics import all_sum, gather
+from grpo_lightning.packing import sampling_weights
 from grpo_lightning.rollout.collect import Collector, Rollout
+from grpo_lightning.rollout.sampling import uniforms
 
 if TYPE_CHECKING:
     from grpo_lightning.callbacks.rollout import RolloutCallback
+
+COMPLETIONS = 32
+"""that metrics should rest on, per rank and optimizer step"""
+SAMPLED_TOKENS = 2048
+"""of zero-variance groups that run for it at most, about; but never fewer than `FEWEST` completions"""
+FEWEST = 4
 
 
 def make_parts(
@@ -62,7 +70,8 @@ def _micro_batches(
 ) -> list[RolloutBatch]:
     """Returns the micro-batches of one optimizer step, scored where the policy moves before they train."""
     loss: LossConfig = module.loss
-    parts = _cut(window, settings.cutter, trainer.world_size, loss)
+    seed = run_seed(settings.seed)
+    parts = _cut(window, settings.cutter, trainer.world_size, loss, seed)
     # The engine's numbers stand for the old ones, once they are over the whole vocabulary.
     bypassed = loss.correction.bypass and window.sampler_logprobs is not None and window.truncation is None
     old = (several and not bypassed) or loss.needs_old_pass
@@ -72,18 +81,43 @@ def _micro_batches(
         parts = [module.score(part.to(module.device), old=old).to("cpu") for part in parts]
     if not loss.needs_old_pass:
         return parts
-    seed = run_seed(settings.seed)
     return choose_tokens(parts, loss, seed=seed, gather=gather, rank=trainer.global_rank)
 
 
-def _cut(window: RolloutBatch, cutter: Cutter, ranks: int, loss: LossConfig) -> list[RolloutBatch]:
+def _cut(window: RolloutBatch, cutter: Cutter, ranks: int, loss: LossConfig, seed: int) -> list[RolloutBatch]:
     """Returns the micro-batches of one optimizer step with the counts of all of them, over all ranks."""
     living, whole = window, loss.objective.whole_groups
     if loss.dead_groups_are_still and not loss.needs_old_pass:
-        living = window.without_groups(window.dead_groups())
+        living = with_fair_sample(window, seed)
     n = cutter.count(living.outline, whole_groups=whole)
     parts = cut(living, n, cutter.most, whole_groups=whole)
     empty = sum(not any(p.lengths) for p in parts)
     counted = replace(window, totals=replace(window.totals, empty_micro_batches=empty))
     totals = counted.all_reduce_totals(all_sum, micro_batches=cutter.most * ranks).totals
     return [replace(p, totals=totals) for p in parts]
+
+
+def with_fair_sample(window: RolloutBatch, seed: int) -> RolloutBatch:
+    """Returns the completions that train, and a random sample of those whose groups have zero variance.
+
+    The latter have gradients of exactly 0; they run because metrics cover all sampled tokens. All of them
+    stay if they are few. The choice is a function of the seed and the policy's version.
+
+    Args:
+        window: of one optimizer step and rank.
+        seed: of the run.
+    """
+    still = window.dead_groups()
+    sizes = [n if g in still else 0 for n, g in zip(window.lengths, window.host_groups, strict=True)]
+    total, trained = sum(sizes), sum(g not in still for g in window.host_groups)
+    if not total:
+        return window.without_groups(still)
+    expected = sum(n * n for n in sizes) / total  # tokens of a completion drawn in proportion to its tokens
+    draws = max(FEWEST, min(COMPLETIONS - trained, int(SAMPLED_TOKENS / expected)))
+    weights = [1.0 if n else 0.0 for n in sizes]
+    if draws < sum(weights):
+        (u,) = uniforms([seed], window.policy_version)
+        weights = sampling_weights(sizes, draws, u)
+    kept = [w if g in still else 1.0 for w, g in zip(weights, window.host_groups, strict=True)]
+    sample = replace(window, sample_weights=torch.tensor(kept))
+    return sample.take([s for s, w in enumerate(kept) if w])

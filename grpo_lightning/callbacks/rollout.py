@@ -15,15 +15,16 @@ from grpo_lightning.callbacks.evaluation import Evaluation, ValidationConfig, va
 from grpo_lightning.callbacks.memory import Cutter, check_micro_batches
 from grpo_lightning.callbacks.parts import make_parts
 from grpo_lightning.callbacks.plan import print_plan
+from grpo_lightning.callbacks.policy_check import PolicyCheck
 from grpo_lightning.callbacks.rollout_metrics import RolloutMetrics
 from grpo_lightning.callbacks.state import batch_state, restore
 from grpo_lightning.callbacks.surroundings import (
     check_accumulation,
+    check_batch,
     check_context,
     check_counts,
     check_epoch,
     check_loss,
-    check_parity,
     check_sampling,
     profiled,
     run_seed,
@@ -74,9 +75,7 @@ class RolloutCallback(Callback):
             out of the rollout; null takes the recipe's (drop for scalerl only).
         validation: how validation and test sample; null is greedy, one completion per prompt.
         seed: of the sampling; null takes seed_everything's.
-        max_parity: the run stops when the engine's log-probabilities are further than this from the
-            trainer's, in nats, on average: it samples from another policy then. null takes 0.02 in fp32,
-            else 0.2.
+        on_policy_mismatch: `stop` or `warn` if the engine samples from another policy than trains.
         record_to: folder for parquet files of everything sampled; null writes none.
     """
 
@@ -98,7 +97,7 @@ class RolloutCallback(Callback):
         zero_variance_groups: Literal["keep", "drop"] | None = None,
         validation: ValidationConfig = ValidationConfig(),  # noqa: B008 - frozen
         seed: int | None = None,
-        max_parity: float | None = None,
+        on_policy_mismatch: Literal["stop", "warn"] = "stop",
         record_to: str | None = None,
     ) -> None:
         check_counts(num_generations, updates_per_rollout, num_iterations, dynamic_sampling)
@@ -115,7 +114,8 @@ class RolloutCallback(Callback):
         self.advantage, self.advantage_clip = advantage, advantage_clip
         self.mask_truncated_completions = mask_truncated_completions
         self.zero_variance_groups = zero_variance_groups
-        self.validation, self.seed, self.max_parity = validation, seed, max_parity
+        self.validation, self.seed = validation, seed
+        self.policy_check = PolicyCheck(on_policy_mismatch)
         self.record_to = None if record_to is None else Path(record_to)
         self._parts: list[RolloutBatch] = []
         self._samples: dict[str, list[Any]] | None = None
@@ -182,15 +182,13 @@ class RolloutCallback(Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Puts this micro-batch's part of the rollout into `batch`; the first part makes the rollout."""
-        if not isinstance(batch, PromptBatch):
-            raise ConfigError(
-                f"RolloutCallback got a {type(batch).__name__} from the train loader; use PromptDataModule, "
-                "or a loader that yields PromptBatch"
-            )
+        check_batch(batch)
         if batch.part % trainer.accumulate_grad_batches == 0:
             self._clock.begin_step()
         if batch.part == 0:
             self._parts = self._roll(trainer, pl_module, batch)
+        first = batch.part - batch.part % trainer.accumulate_grad_batches
+        self.policy_check.parts = self._parts[first : batch.part + 1]
         self.cutter.begin(self._parts[batch.part])
         batch.rollout = self._parts[batch.part].to(pl_module.device)
         batch.samples = self._samples
@@ -214,7 +212,7 @@ class RolloutCallback(Callback):
 
     def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: Any, optimizer: Any) -> None:
         """Stops a run whose engine samples from another policy than trains, before a weight changes."""
-        check_parity(pl_module, self.engine, self.max_parity)
+        self.policy_check.before_step(self, trainer, pl_module)
 
     def _roll(self, trainer: pl.Trainer, module: Any, prompts: PromptBatch) -> list[RolloutBatch]:
         """Returns the M micro-batches of a new rollout, in the order in which they train."""
@@ -312,8 +310,10 @@ class RolloutCallback(Callback):
     def state_dict(self) -> dict[str, Any]:
         """Returns random states and the unused rest of the rollout, of every rank; plain types only."""
         parts = gather([batch_state(p) for p in self._parts] if self._parts else None)
-        return {"random": gather(random_state()), "parts": parts, "num_tokens": self._metrics.num_tokens}
+        own = {"num_tokens": self._metrics.num_tokens, "policy_check": self.policy_check.state_dict()}
+        return {"random": gather(random_state()), "parts": parts, **own}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Takes over what `state_dict` returned, as soon as training starts."""
         self._restored = state_dict
+        self.policy_check.load_state_dict(state_dict["policy_check"])

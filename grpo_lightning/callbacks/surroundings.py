@@ -13,10 +13,10 @@ from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.utilities import rank_zero_warn
 
 from grpo_lightning.advantages import ADVANTAGES
-from grpo_lightning.errors import ConfigError, EngineError, choices
+from grpo_lightning.errors import ConfigError, choices
 from grpo_lightning.losses import LossConfig
-from grpo_lightning.rollout.engine import EngineContext, RolloutEngine, describe
-from grpo_lightning.samples import SamplingParams
+from grpo_lightning.rollout.engine import EngineContext, RolloutEngine
+from grpo_lightning.samples import PromptBatch, SamplingParams
 
 
 def longest_prompt(trainer: pl.Trainer) -> int:
@@ -136,26 +136,12 @@ def check_context(trainer: pl.Trainer, module: Any, key: str, sampling: Sampling
         )
 
 
-def check_parity(module: Any, engine: RolloutEngine, allowed: float | None) -> None:
-    """Raises EngineError if the engine is further from the trainer's policy than rounding explains.
-
-    Args:
-        module: what the latest optimizer step's loss has logged is in its `window_metrics`; not judged with
-            dropout, which only training has.
-        engine: not judged if it says that its numbers need not be the policy's (`exact`).
-        allowed: mean over sampled tokens, in nats; None takes what is usual for the model's type.
-    """
-    distance = getattr(module, "window_metrics", {}).get("sampling/parity_mean")
-    if distance is None or not getattr(engine, "exact", True) or module.policy.drops_out:
-        return
-    if allowed is None:
-        allowed = 0.02 if module.policy.compute_dtype in (torch.float32, torch.float64) else 0.2
-    if not distance <= allowed:
-        raise EngineError(
-            f"{describe(engine)} does not sample from the policy that trains: its log-probabilities are "
-            f"{distance:.3g} nats from the trainer's on average, at most {allowed:g} is rounding "
-            "(rollout.max_parity). The weights of the last checkpoint are sound; check rollout.engine, or "
-            "take grpo_lightning.rollout.HFEngine"
+def check_batch(batch: Any) -> None:
+    """Raises ConfigError unless the train loader yields prompts."""
+    if not isinstance(batch, PromptBatch):
+        raise ConfigError(
+            f"RolloutCallback got a {type(batch).__name__} from the train loader; use PromptDataModule, "
+            "or a loader that yields PromptBatch"
         )
 
 

@@ -14,7 +14,7 @@ from grpo_lightning.batch import RolloutBatch
 from grpo_lightning.errors import ConfigError, choices
 from grpo_lightning.losses.ratios import MAX_LOG_RATIO
 from grpo_lightning.losses.segments import Segments
-from grpo_lightning.stats import Stat, effective_share, extreme, mean
+from grpo_lightning.stats import Stat, effective_share, extreme
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,20 +132,24 @@ def correction_weights(
     m = torch.where(known, gap, 0.0).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
     level, mode = LEVELS[config.level], MODES[str(config.mode) if config.active else "off"]
     c = mode.weights(level.log_statistic(m, segments).exp(), m.exp(), config.bounds)
-    n, present = old.numel(), segments.lengths > 0
+    present, weights = segments.lengths > 0, segments.weights
     dropped = (c == 0).to(c.dtype)
+    whole = (segments.mean(dropped) == 1).to(c.dtype)
     stats = {
-        "sampling/missing_logprob_frac": mean((~known).sum(), n),
-        "sampling/sampling_logp_difference/mean": mean(gap[known].abs().sum(), known.sum()),
-        "sampling/prob_error": mean(m.abs().exp().sum(), n),
-        "sampling/ess": effective_share(c),
-        "sampling/dropped_token_frac": mean(dropped.sum(), n),
-        "sampling/dropped_sequence_frac": mean((segments.mean(dropped)[present] == 1).sum(), present.sum()),
+        "sampling/missing_logprob_frac": segments.token_mean((~known).to(c.dtype)),
+        "sampling/sampling_logp_difference/mean": segments.token_mean(gap.abs(), known),
+        "sampling/prob_error": segments.token_mean(m.abs().exp()),
+        "sampling/ess": effective_share(c, None if weights is None else segments.spread(weights)),
+        "sampling/dropped_token_frac": segments.token_mean(dropped),
+        "sampling/dropped_sequence_frac": segments.completion_mean(whole, present),
     }
     if config.active:
-        each = c if level.per_token or mode.per_token else segments.mean(c)[present]
+        by_token = level.per_token or mode.per_token
+        each = c if by_token else segments.mean(c)[present]
         name = "sampling/importance_sampling_ratio"
-        stats[f"{name}/mean"] = mean(each.sum(), each.numel())
+        stats[f"{name}/mean"] = (
+            segments.token_mean(c) if by_token else segments.completion_mean(segments.mean(c), present)
+        )
         stats[f"{name}/min"] = extreme("min", each.min())
         stats[f"{name}/max"] = extreme("max", each.max())
     if known.any():
@@ -168,5 +172,5 @@ def off_policy_keep(
     sampler = old if batch.sampler_logprobs is None else batch.sampler_logprobs
     sampler = torch.where(torch.isfinite(sampler), sampler, old)
     keep = (batch.advantages >= 0) | (segments.mean(sampler - logprobs) <= threshold)
-    stats = {"off_policy/dropped_sequence_frac": mean((~keep).sum(), keep.numel())}
+    stats = {"off_policy/dropped_sequence_frac": segments.completion_mean((~keep).to(logprobs.dtype))}
     return segments.spread(keep.to(logprobs.dtype)), stats

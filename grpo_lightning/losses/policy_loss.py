@@ -14,7 +14,7 @@ from grpo_lightning.losses.kl import KL_ESTIMATORS
 from grpo_lightning.losses.ratios import MAX_LOG_RATIO, RATIO_LEVELS
 from grpo_lightning.losses.segments import Segments
 from grpo_lightning.losses.telemetry import clip_stats, objective_stats
-from grpo_lightning.stats import Stat, extreme, mean
+from grpo_lightning.stats import Stat, extreme
 
 
 class Weights(TypedDict, total=False):
@@ -92,10 +92,10 @@ def policy_loss(
     stats |= clip_stats(ratio.detach(), advantages, segments, config)
     stats |= objective_stats(inputs, segments, config)
     if config.kl_coef and (kl := _kl(logprobs, batch, config, ratio)) is not None:
-        stats["kl"] = mean(kl.sum(), kl.numel())
+        stats["kl"] = segments.token_mean(kl)
         if config.kl_in == "loss":
             loss = loss + kl_coef * (weights * kl).sum()
-    loss, more = _with_entropy(loss, entropy, entropy_coef, batch)
+    loss, more = _with_entropy(loss, entropy, entropy_coef, batch, segments)
     return LossOutput(loss, stats | more | {"loss": extreme("sum", loss)})
 
 
@@ -134,14 +134,14 @@ def _kl(logprobs: Tensor, batch: RolloutBatch, config: LossConfig, ratio: Tensor
 
 
 def _with_entropy(
-    loss: Tensor, entropy: Tensor | None, coefficient: float, batch: RolloutBatch
+    loss: Tensor, entropy: Tensor | None, coefficient: float, batch: RolloutBatch, segments: Segments
 ) -> tuple[Tensor, dict[str, Stat]]:
     """Returns the loss less the entropy bonus, a mean over the window's tokens for every recipe."""
     if entropy is None:
         if coefficient:
             raise ValueError("entropy_coef is set but no entropy was given")
         return loss, {}
-    stats = {"entropy": mean(entropy.sum(), entropy.numel())}
+    stats = {"entropy": segments.token_mean(entropy)}
     if not coefficient:
         return loss, stats
     kept = entropy if batch.entropy_keep is None else entropy * batch.entropy_keep.to(entropy.dtype)

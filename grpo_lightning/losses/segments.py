@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from grpo_lightning.batch import RolloutBatch
+from grpo_lightning.stats import Stat, mean
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,12 +17,13 @@ class Segments:
     lengths: Tensor  # [S] int64, 0 is legal
     groups: Tensor  # [S] int64
     group_tokens: Tensor  # [P] int64, of the window
+    weights: Tensor | None = None  # [S], how many completions each stands for in metrics
 
     @classmethod
     def of(cls, batch: RolloutBatch) -> "Segments":
         """Returns the segments of a micro-batch."""
         lengths = torch.tensor(batch.lengths, dtype=torch.int64, device=batch.sequence_ids.device)
-        return cls(batch.sequence_ids, lengths, batch.group_ids, batch.group_tokens)
+        return cls(batch.sequence_ids, lengths, batch.group_ids, batch.group_tokens, batch.sample_weights)
 
     def sum(self, x: Tensor) -> Tensor:
         """[N] -> [S]. A reduction over runs: a repeat gives the same bits on every device."""
@@ -32,6 +34,14 @@ class Segments:
     def mean(self, x: Tensor) -> Tensor:
         """[N] -> [S]; 0 for an empty completion."""
         return self.sum(x) / self.lengths.clamp(min=1)
+
+    def token_mean(self, x: Tensor, among: Tensor | None = None) -> Stat:
+        """[N] -> the mean over all sampled tokens, or over those of them `among` [N] bool."""
+        return _weighted(x, among, None if self.weights is None else self.spread(self.weights))
+
+    def completion_mean(self, y: Tensor, among: Tensor | None = None) -> Stat:
+        """[S] -> the mean over all completions, or over those of them `among` [S] bool."""
+        return _weighted(y, among, self.weights)
 
     def spread(self, y: Tensor) -> Tensor:
         """[S] -> [N]: each token gets its completion's value."""
@@ -54,3 +64,13 @@ class Segments:
             ahead[:-step] = torch.where(same, out[step:], 0.0)
             out, step = out + gamma**step * ahead, step * 2
         return out
+
+
+def _weighted(x: Tensor, among: Tensor | None, weights: Tensor | None) -> Stat:
+    """Returns the mean of x, each entry counted as often as its weight says; 1 where there are none."""
+    if weights is None:
+        x = x if among is None else x[among]
+        return mean(x.sum(), x.numel())
+    weights = weights.to(x.dtype if x.is_floating_point() else torch.float32)
+    weights = weights if among is None else weights * among
+    return mean((weights * x if among is None else weights * torch.where(among, x, 0)).sum(), weights.sum())

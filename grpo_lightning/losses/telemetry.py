@@ -8,7 +8,7 @@ from torch import Tensor
 from grpo_lightning.losses.config import LossConfig
 from grpo_lightning.losses.objectives import DPPO_KEEP, vespo_phi
 from grpo_lightning.losses.segments import Segments
-from grpo_lightning.stats import Stat, extreme, mean
+from grpo_lightning.stats import Stat, extreme
 
 
 def clip_stats(ratio: Tensor, advantages: Tensor, segments: Segments, config: LossConfig) -> dict[str, Stat]:
@@ -28,9 +28,8 @@ def clip_stats(ratio: Tensor, advantages: Tensor, segments: Segments, config: Lo
 def _share(x: Tensor, segments: Segments, config: LossConfig) -> Stat:
     """Returns the mean of x [N] over what has a ratio of its own: tokens, or completions."""
     if config.ratio_level == "token":
-        return mean(x.sum(), x.numel())
-    present = segments.lengths > 0
-    return mean(segments.mean(x)[present].sum(), present.sum())
+        return segments.token_mean(x)
+    return segments.completion_mean(segments.mean(x), segments.lengths > 0)
 
 
 def _cispo(i: Mapping[str, Any], s: Segments, c: LossConfig) -> dict[str, Stat]:
@@ -39,17 +38,17 @@ def _cispo(i: Mapping[str, Any], s: Segments, c: LossConfig) -> dict[str, Stat]:
 
 
 def _vespo(i: Mapping[str, Any], s: Segments, c: LossConfig) -> dict[str, Stat]:
-    phi = vespo_phi(i["log_ratio"], i["advantages"], i["correction"], s, c)[s.lengths > 0]
-    return {"vespo/phi_seq_mean": mean(phi.sum(), phi.numel())}
+    phi = vespo_phi(i["log_ratio"], i["advantages"], i["correction"], s, c)
+    return {"vespo/phi_seq_mean": s.completion_mean(phi, s.lengths > 0)}
 
 
 def _dppo(i: Mapping[str, Any], s: Segments, c: LossConfig) -> dict[str, Stat]:
     keep = DPPO_KEEP[str(c.surrogate)](i["advantages"], i["logprobs"], i["old_logprobs"], c)
-    return {"dppo/dropped_token_frac": mean((~keep).sum(), keep.numel())}
+    return {"dppo/dropped_token_frac": s.token_mean((~keep).to(i["ratio"].dtype))}
 
 
 def _cov(i: Mapping[str, Any], s: Segments, c: LossConfig) -> dict[str, Stat]:
-    return {"cov/selected_frac": mean(i["selected"].sum(), i["selected"].numel())}
+    return {"cov/selected_frac": s.token_mean(i["selected"].to(i["ratio"].dtype))}
 
 
 _OF_SURROGATE = {

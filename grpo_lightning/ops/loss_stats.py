@@ -48,9 +48,17 @@ class Weighed(NamedTuple):
 
 
 class Counts(NamedTuple):
-    tokens: int  # N
-    completions: int  # S
-    present: int  # completions with a token
+    tokens: Any  # N
+    completions: Any  # S
+    present: Any  # completions with a token
+
+    @classmethod
+    def of(cls, lengths: Tensor, weights: Tensor | None) -> "Counts":
+        """Returns the counts of completions [S] of which each stands for `weights` [S] of them."""
+        if weights is None:
+            return cls(int(lengths.sum()), len(lengths), int((lengths > 0).sum()))
+        on = lengths.to(weights.device, non_blocking=True)
+        return cls((weights * on).sum(), weights.sum(), (weights * (on > 0)).sum())
 
 
 class Reported(NamedTuple):
@@ -61,7 +69,12 @@ class Reported(NamedTuple):
 
 
 def statistics(
-    columns: Tensor, counts: Counts, config: LossConfig, reported: Reported | None, has: set[str]
+    columns: Tensor,
+    counts: Counts,
+    config: LossConfig,
+    reported: Reported | None,
+    has: set[str],
+    weights: Tensor | None = None,
 ) -> dict[str, Stat]:
     """Returns the statistics of a micro-batch from `columns` [S, K], of `Sums` and then of `Weighed`.
 
@@ -73,9 +86,11 @@ def statistics(
         config: resolved.
         reported: what the surrogate reports, if anything.
         has: which of kl, entropy, bonus and sampler there are.
+        weights: [S], how many completions each stands for in means; the loss is of those that are there.
     """
-    total = columns.sum(0, dtype=torch.float64)
     first = len(Sums._fields)
+    own = columns.sum(0, dtype=torch.float64)
+    total = own if weights is None else (columns * weights[:, None]).sum(0, dtype=torch.float64)
     parts = [total, columns.amin(0), columns.amax(0)]
     sums, least, most = (Sums(*x[:first].unbind()) for x in parts)
     token = config.ratio_level == "token"
@@ -89,14 +104,14 @@ def statistics(
     }
     stats["clip_ratio/low_min"] = extreme("min", least.least_low)
     stats["clip_ratio/high_max"] = extreme("max", most.most_high)
-    stats["loss"] = extreme("sum", sums.loss)
+    stats["loss"] = extreme("sum", own[Sums._fields.index("loss")])
     if reported is not None:
         per_completion = mean(sums.mark_mean, counts.present)
         stats[reported.name] = per_completion if reported.per_completion else mean(sums.mark, counts.tokens)
     optional = {
         "kl": ("kl", lambda: mean(sums.kl, counts.tokens)),
         "entropy": ("entropy", lambda: mean(sums.entropy, counts.tokens)),
-        "policy_loss": ("bonus", lambda: extreme("sum", sums.policy)),
+        "policy_loss": ("bonus", lambda: extreme("sum", own[Sums._fields.index("policy")])),
         "off_policy/dropped_sequence_frac": (
             "off_policy",
             lambda: mean(sums.off_policy, counts.completions),

@@ -164,10 +164,12 @@ def policy_loss_grad(
         "off_policy": config.off_policy_threshold is not None,
         "sampler": batch.sampler_logprobs is not None,
     }
-    counts = Counts(len(logprobs), len(batch.lengths), sum(n > 0 for n in batch.lengths))
+    counts = Counts.of(torch.tensor(batch.lengths), batch.sample_weights)
     whole = row.per_completion or (not row.per_token and config.ratio_level != "token")
     reported = None if row.report is None else Reported(row.report, whole)
-    stats = statistics(columns, counts, config, reported, {k for k, v in present.items() if v})
+    stats = statistics(
+        columns, counts, config, reported, {k for k, v in present.items() if v}, batch.sample_weights
+    )
     return LossGrad(stats["loss"].value.to(logprobs.dtype), dlogprobs, dentropy, stats)
 
 

@@ -1,5 +1,8 @@
 """Whole runs of the Trainer with the real vLLM: learning, resume, and a broken sync that must not pass."""
 
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from fits import data, module, rollout, rows_of, same_bits, trainer, weights
@@ -96,7 +99,9 @@ def test_a_sync_that_sends_old_weights_stops_the_run(folder, tmp_path, monkeypat
     m = module(folder, optimizer=lambda params: torch.optim.SGD(params, lr=300.0))
     saver = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=1, save_top_k=-1)
     t = trainer(tmp_path, rollout(engine=engine(sync=sync)), saver, max_steps=6)
-    with pytest.raises(EngineError, match=r"nats from the trainer's on average, at most 0.02 is rounding"):
+    with pytest.raises(
+        EngineError, match=r"does not sample .* another sync does not help; rounding explains"
+    ):
         t.fit(m, data())
     assert t.global_step == 1  # the step on the stale rollout was not taken
     saved = torch.load(tmp_path / "step=1.ckpt", weights_only=True)["state_dict"]
@@ -153,3 +158,17 @@ def test_groups_without_signal_are_replaced_while_others_decode(folder, tmp_path
     assert worst(rows, "frac_reward_zero_std") <= 0.25
     assert worst(rows, "sampling/parity_mean") < 1e-4
     assert same_bits(run(tmp_path / "again", str(tmp_path / "whole" / "step=1.ckpt")), whole)
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-true"])
+@pytest.mark.parametrize("sickness", ["adapter off", "wrong rope base"])
+def test_a_sick_engine_is_caught_at_its_first_rollout(tmp_path_factory, tmp_path, sickness, precision):
+    sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+    from sick_vllm import SickVLLM
+
+    sick = SickVLLM(sickness, 3, max_num_seqs=32, max_model_len=64)
+    folder = save_tiny(tmp_path_factory.mktemp("model"), **SHAPE)
+    t = trainer(tmp_path, rollout(engine=sick), max_steps=5, precision=precision)
+    with pytest.raises(EngineError, match=r"SickVLLM does not sample .* another sync does not help"):
+        t.fit(module(folder), data())
+    assert t.global_step == 3

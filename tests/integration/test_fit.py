@@ -465,28 +465,6 @@ def test_the_penalty_is_the_summed_log_ratio():
     assert reference_gap(b).tolist() == pytest.approx([0.5 * length for length in b.lengths])
 
 
-class Liar(HFEngine):
-    """Samples well and misreports what it sampled from."""
-
-    def generate(self, requests, sampling):
-        return [
-            [replace(c, logprobs=[p - 0.3 for p in c.logprobs]) for c in group]
-            for group in super().generate(requests, sampling)
-        ]
-
-
-def test_an_engine_of_another_policy_stops_the_run_before_a_weight_changes(model_folder, tmp_path):
-    m = module(model_folder)
-    t = trainer(tmp_path, rollout(engine=Liar()), max_steps=2)
-    with pytest.raises(EngineError, match=r"Liar .* are 0\.3 nats .* at most 0\.02 is rounding .*max_parity"):
-        t.fit(m, data())
-    assert t.global_step == 0
-    fresh = module(model_folder)
-    fresh.configure_model()
-    assert same_bits(weights(m), weights(fresh))
-    trainer(tmp_path / "allowed", rollout(engine=Liar(), max_parity=1.0)).fit(module(model_folder), data())
-
-
 @pytest.mark.parametrize("lora_dropout", [0.0, 0.4])
 def test_dropout_is_not_taken_for_another_policy(model_folder, tmp_path, lora_dropout):
     m = module(

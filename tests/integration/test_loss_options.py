@@ -8,7 +8,7 @@ from fits import data, module, rollout, rows_of, same_bits, trainer, weights
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from grpo_lightning import SamplingParams
-from grpo_lightning.errors import ConfigError, EngineError
+from grpo_lightning.errors import ConfigError, GRPOError
 from grpo_lightning.losses import AdaptiveKL, CorrectionConfig, LossConfig
 from grpo_lightning.reference import ReferenceConfig
 
@@ -140,10 +140,10 @@ def test_without_rescoring_it_would_be_one(model_folder, tmp_path, monkeypatch):
     from grpo_lightning.batch import RolloutBatch
 
     monkeypatch.setattr(RolloutBatch, "rescored", lambda self, log_kept: self)
-    callback = rollout(sampling=TRUNCATED, max_parity=10.0)
+    callback = rollout(sampling=TRUNCATED, on_policy_mismatch="warn")
     trainer(tmp_path, callback, max_steps=1).fit(module(model_folder), data())
     assert column(tmp_path, "sampling/importance_sampling_ratio/mean")[0] < 0.9
-    with pytest.raises(EngineError, match="does not sample from the policy that trains"):
+    with pytest.raises(GRPOError, match="computes something else than the model as loaded"):
         trainer(tmp_path / "judged", rollout(sampling=TRUNCATED)).fit(module(model_folder), data())
 
 

@@ -15,7 +15,7 @@ FLOORS = [  # from the ground up; a module may import its own floor's neighbours
     ("losses", "advantages"),
     ("ops",),
     ("models", "layouts", "reference", "lora", "weight_dtypes", "lora_layers", "attention_layers", "exchange",
-     "kernels", "graphs", "dropout", "logit_changes", "rope", "policy", "probe",
+     "kernels", "graphs", "dropout", "logit_changes", "rope", "policy", "probe", "rounding",
      "loading", "data", "rewards", "rollout.engine", "rollout.sampling", "rollout.hf",
      "rollout.recording", "rollout.process_guard", "rollout.weights", "rollout.session", "rollout.vllm",
      "rollout.vllm_session", "rollout.vllm_compat", "rollout.vllm_adapter", "rollout.shared_base",
