@@ -54,6 +54,19 @@ def test_far_positions_are_the_engines_in_bf16(tmp_path_factory, tmp_path):
     assert float(row["sampling/parity_mean"]) < 0.03
 
 
+@pytest.mark.parametrize("sync", ["auto", "merge"])
+def test_a_run_logs_the_share_of_its_update_that_arrives(folder, tmp_path, sync):
+    """From the first update on; an engine that is not synced has nothing to say."""
+    small = module(folder, optimizer=lambda params: torch.optim.AdamW(params, lr=5e-6))
+    callback = rollout(engine=engine(sync=sync), updates_per_rollout=2)
+    trainer(tmp_path, callback, max_steps=6, precision="bf16-true").fit(small, data())
+    rows = [r for r in rows_of(tmp_path) if r["loss"]]
+    shares = [r["sync/update_arrived"] for r in rows]
+    assert [bool(x) for x in shares] == [False, False, True, False, True, False]
+    assert all((float(x) > 0.99) == (sync == "auto") for x in shares if x)
+    assert all((float(x) < 0.5) == (sync == "merge") for x in shares if x)
+
+
 def test_a_resumed_run_is_the_run(folder, tmp_path):
     def run(root, ckpt_path=None):
         saver = ModelCheckpoint(root, filename="{step}", every_n_train_steps=1, save_top_k=-1)
