@@ -64,3 +64,15 @@ def _serve() -> None:
 
 if __name__ == "__main__":
     _serve()
+
+
+def run_ranks(script, out, *args, timeout=400):
+    """Runs `script`, which starts its own ranks and saves `result.pt` in `out`; returns what it saved."""
+    import torch
+
+    out.mkdir(parents=True, exist_ok=True)
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    given = [sys.executable, str(script), *map(str, args)]
+    done = subprocess.run(given, capture_output=True, text=True, timeout=timeout, env=env, check=False)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return torch.load(out / "result.pt", weights_only=True)

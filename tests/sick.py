@@ -2,8 +2,10 @@
 that only rounds in other places."""
 
 import math
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,6 +14,10 @@ from torch import Tensor, nn
 from grpo_lightning.policy import Policy
 from grpo_lightning.rollout import HFEngine
 from grpo_lightning.rounding import random_rounding, rounding_unit
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+
+from sick_vllm import changed
 
 
 class OtherKernels(HFEngine):
@@ -53,20 +59,6 @@ class Stale(HFEngine):
         old = self.known.get(self.policy_version - self.behind)
         with changed(self._policy.trainable(), lambda n, p: old[n] if old else p):
             return super().generate(requests, sampling)
-
-
-@contextmanager
-def changed(tensors: dict[str, Tensor], change: Callable[[str, Tensor], Tensor]) -> Iterator[None]:
-    """Puts other values into `tensors` inside."""
-    before = {n: p.detach().clone() for n, p in tensors.items()}
-    with torch.no_grad():
-        for n, p in tensors.items():
-            p.copy_(change(n, before[n]))
-        try:
-            yield
-        finally:
-            for n, p in tensors.items():
-                p.copy_(before[n])
 
 
 def adapter_off(policy: Policy):

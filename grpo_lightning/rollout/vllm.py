@@ -153,15 +153,17 @@ class VLLMEngine:
             + ("a base of its own" if self._base is None else self._base.report)
         )
         if self.share_base == "on" and self._base is not None and not self._base.taken:
+            self.close()
             raise ConfigError(
                 "rollout.engine.share_base is on, but no weight of the engine equals the trainer's: they are "
                 "of different types, or not laid out alike; take auto or off"
             )
 
     def _sleep_that_fits(self, policy: Policy) -> str:
-        has_kv = hasattr(import_vllm().LLM, "release_kv_cache_memory")
         if policy.causal.device.type == "cpu":
             return "off"
+        with process_kept(), _named("start"):  # importing it changes the process too
+            has_kv = hasattr(import_vllm().LLM, "release_kv_cache_memory")
         if self.sleep_mode == "auto":
             stays = "kv_cache" if has_kv else "off"
             return stays if has_kv or self.share_base == "on" else "weights"
@@ -176,6 +178,8 @@ class VLLMEngine:
             "rollout.engine.sync writes into the engine's weights; take adapter": self.sync_kind != "adapter",
             "sleep moves the engine's weights away; take kv_cache or off": self.sleep_mode == "weights",
             "vLLM repacks its weights on a CPU; take auto or off": policy.causal.device.type == "cpu",
+            f"the base is in {policy.causal.dtype} and the engine in {policy.compute_dtype}; take "
+            "trainer.precision bf16-true or 16-true": policy.causal.dtype != policy.compute_dtype,
         }
         found = next((reason for reason, holds in obstacles.items() if holds), None)
         if self.share_base == "on" and found is not None:

@@ -78,7 +78,7 @@ def why_not_sent(policy: Policy) -> str | None:
         return f"model.lora.{key} ({getattr(config, key)!r}) needs an unquantised base"
     if _unties(policy):
         return (
-            "embedding and head are one tensor in the checkpoint, and so in the engine, but not any more: "
+            "embedding and head are one tensor in the checkpoint and in the engine, and one of them trains: "
             f"model.lora.modules_to_save is {config.modules_to_save!r}"
         )
     for name, layer in lora_layers(policy):

@@ -1,11 +1,14 @@
 """How weights reach the real vLLM: written exactly, where they belong, in a handful of operations."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from serving import ask, assert_served, distance, make_policy, start
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from grpo_lightning.errors import EngineError
+from grpo_lightning.errors import ConfigError, EngineError
+from grpo_lightning.rollout import EngineContext, VLLMEngine
 from grpo_lightning.samples import SamplingParams
 
 pytestmark = pytest.mark.vllm
@@ -144,3 +147,41 @@ def test_the_share_of_a_small_update_that_arrives(folder, kind, recwarn):
         assert all(f"sync '{kind}' rounds weights to torch.bfloat16" in w for w in warnings)
     finally:
         engine.close()
+
+
+REFUSED = {
+    "writes into the engine's weights": {"sync": "merge"},
+    "moves the engine's weights away": {"sleep": "weights"},
+    "repacks its weights on a CPU": {"device": "cpu"},
+    r"base is in torch.float32 and the engine in torch.bfloat16": {"base": torch.float32},
+}
+
+
+@pytest.mark.parametrize("message", [None, *REFUSED])
+def test_a_base_that_cannot_be_shared_is_refused_before_the_start(message):
+    case = REFUSED.get(message, {})
+    causal = SimpleNamespace(
+        device=torch.device(case.get("device", "cuda")), dtype=case.get("base", torch.bfloat16)
+    )
+    policy = SimpleNamespace(causal=causal, compute_dtype=torch.bfloat16)
+    given = {"sync": case.get("sync", "adapter"), "sleep": case.get("sleep", "off")}
+    if message is None:
+        assert VLLMEngine(**given, share_base="on")._shares_base(policy)
+        assert not VLLMEngine(**given, share_base="off")._shares_base(policy)
+        return
+    assert not VLLMEngine(**given)._shares_base(policy)
+    with pytest.raises(ConfigError, match=message):
+        VLLMEngine(**given, share_base="on")._shares_base(policy)
+
+
+def test_a_base_that_was_to_be_shared_and_is_not_leaves_no_engine(folder, monkeypatch):
+    from grpo_lightning.rollout import vllm_adapter
+
+    monkeypatch.setattr(vllm_adapter, "take_offered", lambda model: None)
+    monkeypatch.setattr(VLLMEngine, "_shares_base", lambda self, policy: True)
+    engine = VLLMEngine(max_num_seqs=16, share_base="on")
+    policy = make_policy(folder)
+    context = EngineContext(policy=policy, model_path=folder, max_model_len=64, sampling=SamplingParams())
+    with pytest.raises(ConfigError, match="no weight of the engine equals the trainer's"):
+        engine.start(context)
+    assert engine._llm is None

@@ -1,13 +1,11 @@
 """Two CPU ranks over gloo against one: the same gradients, the same metrics, and a resume."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from commands import run_ranks
 
 from grpo_lightning.losses import AGGREGATIONS, RECIPES
 
@@ -25,13 +23,7 @@ LOSSES = [
 
 
 def run(folder, out, ranks, k, losses, steps=2, *rest):
-    out.mkdir(parents=True, exist_ok=True)
-    args = [folder, str(out), str(ranks), str(k), json.dumps(losses), str(steps), *rest]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, str(SCRIPT), *args]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=400, env=env, check=False)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    return torch.load(out / "result.pt", weights_only=True)
+    return run_ranks(SCRIPT, out, folder, out, ranks, k, json.dumps(losses), steps, *rest)
 
 
 @pytest.fixture(scope="module")

@@ -1,23 +1,15 @@
 """Two CPU ranks over gloo against one, where a rank has nothing to evaluate or is fed by hand."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-import torch
+from commands import run_ranks
 
 SCRIPT = Path(__file__).with_name("ddp_uneven_run.py")
 
 
 def run(folder, out, ranks, k):
-    out.mkdir(parents=True)
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, str(SCRIPT), folder, str(out), str(ranks), str(k)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=100, env=env, check=False)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    return torch.load(out / "result.pt", weights_only=True)
+    return run_ranks(SCRIPT, out, folder, out, ranks, k, timeout=100)
 
 
 @pytest.fixture(scope="module")
