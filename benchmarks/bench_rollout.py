@@ -6,6 +6,7 @@ re-typed here, the loading is vLLM's.
 
     python benchmarks/bench_rollout.py --shape 0.5B --out $OUT
     python benchmarks/bench_rollout.py --shape 0.5B --turns merge adapter --out $OUT
+    python benchmarks/bench_rollout.py --shape 7B --kinds "one base" "two bases" --out $OUT
 
 `--turns` keeps engines of several kinds in one process and lets them decode in turns: decoding waits for the
 host, whose speed moves.
@@ -36,7 +37,16 @@ from grpo_lightning.rollout.vllm_compat import put_weights
 from grpo_lightning.rollout.weights import all_weights
 from grpo_lightning.samples import SamplingParams
 
-ROWS = ("adapter", "merge", "full", "all weights, merged and unmerged")
+AWAKE = {"sync": "adapter", "sleep": "off", "kv_cache_memory_bytes": 10 << 30}
+ROWS: dict[str, dict[str, Any]] = {
+    "adapter": {"sync": "adapter"},
+    "merge": {"sync": "merge"},
+    "full": {"sync": "full"},
+    "all weights, merged and unmerged": {"sync": "merge"},
+    "one base": {**AWAKE, "share_base": "on"},
+    "two bases": {**AWAKE, "share_base": "off"},
+}
+"""options of each engine"""
 
 
 class Merging(VLLMEngine):
@@ -102,9 +112,7 @@ def one(kind: str, folder: str, small: bool, repeats: int) -> dict[str, Any]:
     policy = policy.to("cuda" if cuda else "cpu")
     memory = {"trainer": used_gib()}
     prompts, group, length = (4, 2, 8) if small else (64, 8, 256)
-    engine = (Merging if kind == ROWS[3] else VLLMEngine)(
-        sync="merge" if kind == ROWS[3] else kind, max_num_seqs=16 if small else 512
-    )
+    engine = (Merging if "unmerged" in kind else VLLMEngine)(**ROWS[kind], max_num_seqs=16 if small else 512)
     sampling = SamplingParams(max_tokens=length, extra={"min_tokens": length})
     began = time.perf_counter()
     engine.start(
@@ -235,7 +243,7 @@ def main() -> None:
     """Measures every kind in a process of its own and writes the result."""
     options = parser(__doc__, repeats=3)
     options.add_argument("--shape", default="0.5B", choices=list(SHAPES))
-    options.add_argument("--kinds", nargs="+", default=list(ROWS))
+    options.add_argument("--kinds", nargs="+", default=list(ROWS)[:4], choices=list(ROWS))
     options.add_argument("--turns", nargs="+", default=None, help="kinds that decode in turns in one process")
     options.add_argument("--one", default=None, help=argparse.SUPPRESS)
     options.add_argument("--folder", default=None, help=argparse.SUPPRESS)
