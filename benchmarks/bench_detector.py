@@ -90,8 +90,8 @@ def data_of(run: Run, small: bool) -> PromptDataModule:
     import reasoning_gym  # type: ignore[import-not-found]
 
     made = reasoning_gym.create_dataset(run.task, size=400 if small else 3000, seed=11)
-    rows = [dict(row) for row in made if len(row["question"]) < LONGEST_QUESTION]
-    return PromptDataModule(rows, prompt_column="question", **settings)
+    rows = [{**row, "prompt": row["question"]} for row in made if len(row["question"]) < LONGEST_QUESTION]
+    return PromptDataModule(rows, **settings)
 
 
 def rewards_of(run: Run) -> dict[str, Any]:
