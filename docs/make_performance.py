@@ -208,7 +208,24 @@ rollouts in the sizes of two shipped configs, 40 seeds, with a capture at 0.3 s 
 | `smollm2_gsm8k`, sizes before | 17.9 | 14.7 | (captured) | 1.1 | 1.07 |
 | `smollm2_gsm8k`, sizes now | 10.7 | 8.1 | 8.1 | 1.2 | 1.05 |
 
-Measured with the sizes before, eight runs on sums: 10 to 13 captures in steps 5 to 60, mean / median 1.30 to 1.46. `bench_learning.py` prints mean, median and captures of these steps; the new sizes have not been measured yet.
+Measured: with the sizes before, eight runs on sums had 10 to 13 captures in steps 5 to 60 and mean / median 1.30 to 1.46. Now `bench_learning.py` shows none of 2 captures there and
+1.09 on sums, and 11 of 13 and 1.05 on GSM8K (2026-11-21).
+
+## A whole step beside vLLM
+
+SmolLM2-135M-Instruct, LoRA r 16 on all linears, bf16, 16 prompts x 8 completions, each side with its own vLLM on the same GPU. Steps 5 to 60 where a side got that far.
+
+| GSM8K, at most 256 tokens | steps measured | s a step, mean | median | GiB in use at the peak |
+|---|---|---|---|---|
+| ours | 5 to 36 | 1.51 | 1.43 | 67.0 |
+| TRL 1.16.0 | 5 to 36 | 2.79 | 2.69 | 107.0 |
+| Unsloth 2026.10.9 | 7 to 12 (no compilation in them) | 3.37 | 3.26 | 54.1 |
+
+TRL is 1.84 times as slow by the means of the same steps. Unsloth's first 6 steps held three that compile its loss (12 to 23 s each), which the row leaves out; ours over steps 5 to 60 was
+1.42 s. It ran as `unsloth_run.py` starts it; of 256 sequences at a time it took 96. It needs less memory than ours: sizes that run without a graph take activations of their own
+beside the graphs' pool. Sums: 0.176 s against TRL's 0.469 s, 2.8 times by means, measured before dead groups
+gave a fair sample to the metrics; since then ours alone, on a slower machine, 0.201 s. Raw: `learning-smollm2_gsm8k-2026-11-21.json`, `learning-unsloth-2026-11-21.json`,
+`learning-smollm2_arithmetic-adapter-2026-11-21.json`, `learning-smollm2_arithmetic-ours-2026-11-21.json`.
 
 ## The LM head
 
