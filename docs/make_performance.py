@@ -222,8 +222,8 @@ SmolLM2-135M-Instruct, LoRA r 16 on all linears, bf16, 16 prompts x 8 completion
 | Unsloth 2026.10.9 | 7 to 12 (no compilation in them) | 3.37 | 3.26 | 54.1 |
 
 TRL is 1.84 times as slow by the means of the same steps. Unsloth's first 6 steps held three that compile its loss (12 to 23 s each), which the row leaves out; ours over steps 5 to 60 was
-1.42 s. It ran as `unsloth_run.py` starts it; of 256 sequences at a time it took 96. It needs less memory than ours: sizes that run without a graph take activations of their own
-beside the graphs' pool. Sums: 0.176 s against TRL's 0.469 s, 2.8 times by means, measured before dead groups
+1.42 s. It ran as `unsloth_run.py` starts it; of 256 sequences at a time it took 96. It needs less memory than ours; not measured is why: probably sizes that run without a graph, whose activations lie
+beside those of the graphs. Sums: 0.176 s against TRL's 0.469 s, 2.8 times by means, measured before dead groups
 gave a fair sample to the metrics; since then ours alone, on a slower machine, 0.201 s. Raw: `learning-smollm2_gsm8k-2026-11-21.json`, `learning-unsloth-2026-11-21.json`,
 `learning-smollm2_arithmetic-adapter-2026-11-21.json`, `learning-smollm2_arithmetic-ours-2026-11-21.json`.
 
