@@ -4,9 +4,10 @@ launched the next.
 A graph replays kernels at the addresses and sizes of its capture. So batches are filled up to few shapes
 (`ops/filling.py`), and what differs between batches of one shape is copied in before a replay. The first
 batch of a shape runs without a graph: this compiles its kernels, which a capture cannot do, and a shape that
-does not come again is not captured. The same kernels run on the same sizes with and without a graph, so the
-results are equal bit for bit. All graphs share one pool of memory: the activations of one micro-batch are
-there at a time, hence a forward whose predecessor still waits for its backward runs without a graph too.
+does not come again is not captured. It keeps only its layers' inputs and runs them again in the backward. The
+same kernels run on the same sizes with and without a graph, so the results are equal bit for bit. All graphs
+share one pool of memory: the activations of one micro-batch are there at a time, hence a forward whose
+predecessor still waits for its backward runs without a graph too.
 """
 
 import gc
@@ -14,6 +15,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,11 +23,14 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.func import functional_call
+from torch.utils.checkpoint import checkpoint
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from grpo_lightning.ops.attention import PackedLayout
 from grpo_lightning.ops.filling import Shape
 from grpo_lightning.ops.segments import SharedPrompts
 
+_RECOMPUTE = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
 MOST = 32
 """graphs that are kept"""
 
@@ -65,7 +70,8 @@ class Graphs:
         if shape is None:
             raise RuntimeError("graphs need a layout of one of few shapes")
         if shape not in self._known or self._running() is not None:
-            hidden = decoded(self._decoder, ids, positions, layout)
+            with recomputed(self._decoder):
+                hidden = decoded(self._decoder, ids, positions, layout)
             hidden.register_hook(lambda _: self._known.add(shape))  # its backward is about to run
             return hidden
         graph = self._captured.pop(shape, None) or self._capture(ids, positions, layout)
@@ -122,6 +128,24 @@ def decoded(
     kwargs = {"input_ids": ids[None], "position_ids": positions[None], "use_cache": False, "layout": layout}
     out = functional_call(decoder, instead, (), kwargs) if instead else decoder(**kwargs)
     return out.last_hidden_state[0]
+
+
+@contextmanager
+def recomputed(decoder: nn.Module) -> Iterator[None]:
+    """Keeps of a forward inside the layers' inputs only; the backward, also outside, runs each layer again.
+
+    The activations of a call without a graph would lie beside those that the graphs' pool has room for.
+    """
+    layers = [m for m in decoder.modules() if isinstance(m, GradientCheckpointingLayer)]
+    layers = [m for m in layers if not m.gradient_checkpointing]
+    for layer in layers:
+        layer.gradient_checkpointing = True
+        setattr(layer, "_gradient_checkpointing_func", _RECOMPUTE)  # noqa: B010 - a function
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.gradient_checkpointing = False
 
 
 def _segments(layout: PackedLayout) -> SharedPrompts:

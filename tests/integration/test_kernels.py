@@ -1,5 +1,7 @@
 """A prepared model computes what it did as loaded; what does not is found on the first step."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from fits import data, module, rollout, rows_of, trainer, weights
@@ -8,7 +10,7 @@ from tiny import tiny_tokenizer
 from ways import NoGraph
 
 from grpo_lightning.errors import ConfigError, GRPOError
-from grpo_lightning.graphs import decoded, make_graphs
+from grpo_lightning.graphs import decoded, make_graphs, recomputed
 from grpo_lightning.kernels import AUTO, KernelConfig
 from grpo_lightning.ops.attention import PackedLayout, _say_once
 from grpo_lightning.policy import Policy
@@ -264,3 +266,28 @@ def test_parameters_can_stand_in_for_others():
     for got, want in zip(*found, strict=True):
         assert torch.equal(got, want)
     assert all(p.grad is None for p in params.values())
+
+
+def test_layers_that_run_again_in_the_backward_give_the_same_bits():
+    """As a size has it that runs without a graph; little is kept, and the layers are left as they were."""
+    policy, batch = lora_policy(), random_rollout(seed=4)
+    policy.model.train()
+    policy.prepare(KernelConfig(lora="on", qkv="on", swiglu="on", norm="on", rotary="on"), CPU)
+    decoder = policy.causal.get_decoder()
+    params = [p for p in decoder.parameters() if p.requires_grad]
+    ends = batch.prompt_lengths, batch.lengths, batch.host_groups, batch.segment_ids, batch.position_ids
+    layout, kept, found = PackedLayout.of(*ends), [], []
+
+    def seen(x):
+        kept[-1] += x.nbytes
+        return x
+
+    for block in (nullcontext(), recomputed(decoder)):
+        kept.append(0)
+        with torch.autograd.graph.saved_tensors_hooks(seen, lambda x: x), block:
+            hidden = decoded(decoder, batch.input_ids, batch.position_ids, layout)
+        found.append([hidden, *torch.autograd.grad(hidden.square().sum(), params)])
+    for got, want in zip(*found, strict=True):
+        assert torch.equal(got, want)
+    assert kept[1] < 0.2 * kept[0]
+    assert not any(getattr(m, "gradient_checkpointing", False) for m in decoder.modules())
