@@ -64,8 +64,8 @@ class Surrogate:
             found = type(out).__name__ if shape is None else f"shape {tuple(shape)}"
             name = getattr(self.function, "__name__", "the surrogate")
             raise ConfigError(
-                f"model.loss: {name} returned {found}, expected shape {wanted}: one value per token; leave sums "
-                "and means to model.loss.aggregation"
+                f"model.loss: {name} returned {found}, expected shape {wanted}: one value per token; leave "
+                "sums and means to model.loss.aggregation"
             )
         return out
 

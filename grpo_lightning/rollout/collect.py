@@ -1,6 +1,5 @@
 """One rollout: prompts in, scored and packed completions out."""
 
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -12,10 +11,10 @@ from torch import Tensor
 
 from grpo_lightning import advantages as adv
 from grpo_lightning.batch import RolloutBatch
-from grpo_lightning.errors import ConfigError, EngineError, RewardError
+from grpo_lightning.errors import ConfigError, EngineError
 from grpo_lightning.metrics import all_sum, length_stats, raise_together, reward_stats
-from grpo_lightning.rewards.returned import clipped
 from grpo_lightning.rewards.suite import Rewards, Scores
+from grpo_lightning.rollout.checks import bad_advantages, bad_logprobs, bad_penalty
 from grpo_lightning.rollout.engine import Request, RolloutEngine, describe, sample_seeds
 from grpo_lightning.rollout.groups import Place, fill
 from grpo_lightning.rollout.session import open_session
@@ -116,7 +115,7 @@ class Collector:
         requests, completions, texts, scores = done
         if [len(c) for c in completions] != [len(r.seeds) for r in requests]:
             raise EngineError(f"{describe(self.engine)} returned {[len(c) for c in completions]} completions")
-        raise_together(unsound(self.engine, requests, completions), self.all_ranks)
+        raise_together(bad_logprobs(self.engine, requests, completions), self.all_ranks)
         rewards = self._rewards(scores, completions, len(requests))
         samples = _samples(prompts, texts, scores, rewards.total, self.num_generations)
         advantages = self._advantages(rewards, samples)
@@ -164,7 +163,12 @@ class Collector:
         )
 
     def penalised(self, rollout: Rollout, penalty: Tensor) -> RolloutBatch:
-        """Returns the batch with `penalty` [S] taken off the rewards, and the advantages that follow."""
+        """Returns the batch with `penalty` [S] taken off the rewards, and the advantages that follow.
+
+        Raises:
+            GRPOError: a penalty is not finite; nan would make its completion look unscored.
+        """
+        raise_together(bad_penalty(penalty), self.all_ranks)
         table = replace(rollout.rewards, penalty=penalty.double())
         advantages = self._advantages(table, rollout.samples)
         return replace(rollout.batch, rewards=table.total.float(), advantages=advantages)
@@ -172,19 +176,7 @@ class Collector:
     def _advantages(self, table: adv.RewardTable, samples: Mapping[str, list[Any]]) -> Tensor:
         """Returns advantages [S]; raises RewardError, showing the first sample whose own is not finite."""
         out = adv.compute_advantages(self.advantage, table, clip=self.advantage_clip)
-        if table.penalty is not None:  # one that is nan would make a completion look unscored
-            out = torch.where(table.penalty.isfinite(), out, torch.nan)
-        error = None
-        if len(bad := (~out.isfinite()).nonzero()):
-            s = int(bad[0])
-            group = table.total[table.group_ids == table.group_ids[s]].tolist()
-            values = {name: column[s] for name, column in samples.items() if name != "advantage"}
-            error = RewardError(
-                f"rollout.advantage {self.advantage!r} makes {out[s]:g} of reward {table.total[s]:g}; the "
-                f"rewards of the group are {group}: give rewards that differ less in size, or take another "
-                f"advantage. The sample: {clipped(repr(values))}"
-            )
-        raise_together(error, self.all_ranks)
+        raise_together(bad_advantages(out, self.advantage, table, samples), self.all_ranks)
         return out
 
     @contextmanager
@@ -265,23 +257,6 @@ class Collector:
             trainer_state=trainer_state,
         )
         return texts, scores
-
-
-def unsound(
-    engine: RolloutEngine, requests: Sequence[Request], completions: Sequence[Sequence[Completion]]
-) -> EngineError | None:
-    """Returns the error of the first completion with a log-probability that is not a number, or None."""
-    for request, group in zip(requests, completions, strict=True):
-        for i, c in enumerate(group):
-            if c.logprobs is not None and not math.isfinite(sum(c.logprobs)):
-                at = next(t for t, x in enumerate(c.logprobs) if not math.isfinite(x))
-                return EngineError(
-                    f"{describe(engine)} reports {c.logprobs[at]} as the log-probability of token {at} of "
-                    f"completion {i} of prompt {request.uid} (rollout {request.rollout_index}): its logits "
-                    "are not finite, so its tokens mean nothing; go on from an older checkpoint "
-                    "(--ckpt_path), or change the engine's precision"
-                )
-    return None
 
 
 def repeat(items: Sequence[Any], count: int) -> list[Any]:
