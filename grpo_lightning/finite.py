@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 IN_A_ROW = 3
 """skipped optimizer steps in a row that stop a run"""
-GRADIENT = "the gradient"
+GRADIENT = "gradient"
 BAD_LOGPROBS = "not finite: log-probabilities"
 """the statistic of a micro-batch that counts them; it is not logged"""
 
@@ -53,7 +53,7 @@ class SkippedSteps:
             metrics: of `stats.values`, which leaves out what is not finite; `BAD_LOGPROBS` is taken out.
         """
         bad = metrics.pop(BAD_LOGPROBS, 0.0)
-        self._found = [] if "loss" in metrics else ["the loss"]
+        self._found = [] if "loss" in metrics else ["loss"]
         self._found += [f"{bad:.0f} of the trainer's log-probabilities"] if bad else []
         return not self._found
 
@@ -70,11 +70,11 @@ class SkippedSteps:
         """
         found, self._found = self._found, []
         rates = [group["lr"] for group in optimizer.param_groups if not isinstance(group["lr"], Tensor)]
-        found += [] if all(map(math.isfinite, rates)) else [f"the learning rate ({rates[0]})"]
+        found += [] if all(map(math.isfinite, rates)) else [f"learning rate ({rates[0]})"]
         if not any_rank(~norm.isfinite().to(module.device) | bool(found)):
             self.in_a_row = 0
             return self.total
-        found += [] if norm.isfinite() else [GRADIENT]
+        found += [] if found or norm.isfinite() else [GRADIENT]
         scaler = getattr(module.trainer.precision_plugin, "scaler", None)
         everywhere = gather((found, _scaler_lowers(scaler, optimizer)))
         _withhold(optimizer, scaler)
@@ -85,17 +85,17 @@ class SkippedSteps:
 
     def _count(self, module: "GRPOModule", found: list[str]) -> None:
         self.total, self.in_a_row = self.total + 1, self.in_a_row + 1
-        step, what = module.global_step, " and ".join(found)
+        step, what = module.global_step, f"not finite: {', '.join(found)}"
         if self.in_a_row < IN_A_ROW:
             rank_zero_warn(
-                f"optimizer step {step} is skipped, because {what} is not finite: no weight changes "
+                f"optimizer step {step} is skipped and changes no weight; {what} "
                 f"(train/skipped_steps {self.total}; {IN_A_ROW} in a row stop the run)"
             )
             return
         raise GRPOError(
-            f"{IN_A_ROW} optimizer steps in a row were skipped, the last is step {step}, because {what} is "
-            "not finite; lower the learning rate (model.optimizer), clip harder (trainer.gradient_clip_val), "
-            f"or inspect the rollouts with rollout.record_to. {last_checkpoint(module.trainer)}"
+            f"{IN_A_ROW} optimizer steps in a row were skipped, the last is step {step}; {what}. Lower the "
+            "learning rate (model.optimizer), clip harder (trainer.gradient_clip_val), or inspect the "
+            f"rollouts with rollout.record_to. {last_checkpoint(module.trainer)}"
         )
 
     def state_dict(self) -> dict[str, int]:

@@ -52,7 +52,8 @@ def test_no_token_comes_from_logits_that_are_not_finite(engine, options, value):
     sampling = SamplingParams(max_tokens=4, **options)
     assert all(len(c.token_ids) for c in engine.generate(REQUESTS, sampling)[0])
     with torch.no_grad():
-        engine._policy.causal.get_output_embeddings().weight[40, 0] = value
+        # of two infinite logits one is negative, which only forbids a token
+        engine._policy.causal.get_output_embeddings().weight[40:42, 0] = torch.tensor([value, -value])
     with pytest.raises(EngineError, match="logits of LlamaForCausalLM are not finite"):
         engine.generate(REQUESTS, sampling)
 
