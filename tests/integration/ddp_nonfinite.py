@@ -1,6 +1,6 @@
 """Run by test_nonfinite_ranks.py on two CPU ranks of which only the second has a number that is not finite.
 
-Arguments: model folder, where to write, name of a sickness. Each rank writes how it ended, and its weights.
+Arguments: model folder, where to write. Each rank writes how each sickness ended, and its weights.
 """
 
 import json
@@ -41,20 +41,25 @@ SICK = {
     "engine": ([], BadEngine(), {}),
 }
 
-if __name__ == "__main__":
-    folder, root, name = sys.argv[1:]
-    rank = int(os.environ.get("LOCAL_RANK", "0"))
+
+def run(folder, root, name):
+    """Returns how a run ended: steps taken, steps skipped, what was said."""
     callbacks, engine, changes = SICK[name]
-    saver = ModelCheckpoint(Path(root, "ckpt"), filename="{step}", every_n_train_steps=1, save_top_k=-1)
+    saver = ModelCheckpoint(root / "ckpt", filename="{step}", every_n_train_steps=1, save_top_k=-1)
     m = module(folder)
     r = rollout(engine=engine, **changes)
     settings = {"max_steps": 5, "devices": 2, "strategy": "ddp", "logger": False}
-    t = trainer(Path(root), *callbacks, r, saver, **settings)
+    t = trainer(root, *callbacks, r, saver, **settings)
     try:
         t.fit(m, data())
         end = "went on"
     except GRPOError as error:
         end = str(error)
-    skipped = float(t.callback_metrics.get("train/skipped_steps", -1))
-    Path(root, f"{rank}.json").write_text(json.dumps([t.global_step, skipped, end]))
-    torch.save(weights(m), Path(root, f"{rank}.pt"))
+    torch.save(weights(m), root / f"{t.global_rank}.pt")
+    return t.global_step, float(t.callback_metrics.get("train/skipped_steps", -1)), end
+
+
+if __name__ == "__main__":
+    folder, root = sys.argv[1:]
+    ends = {name: run(folder, Path(root, name), name) for name in SICK}
+    Path(root, f"{os.environ.get('LOCAL_RANK', '0')}.json").write_text(json.dumps(ends))
