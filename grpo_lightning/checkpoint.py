@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from grpo_lightning.errors import ConfigError
+from grpo_lightning.finite import check_loaded_numbers, check_saved_numbers
 from grpo_lightning.lora import lora_identity
 from grpo_lightning.weight_dtypes import check_saved
 
@@ -25,8 +26,10 @@ def save(module: "GRPOModule", checkpoint: dict[str, Any]) -> None:
             **_identity(module),
             "coefficients": module.coefficients.state_dict(),
             "reference": _reference_weights(module),
+            "skipped_steps": module.skipped.state_dict(),
         }
     )
+    check_saved_numbers(module, checkpoint, ours["reference"])
     if module.policy.is_lora:
         ours["adapter_config"] = module.policy.adapter_config()
         ours["adapter_names"] = module.policy.adapter_names()
@@ -43,7 +46,9 @@ def load(module: "GRPOModule", checkpoint: dict[str, Any]) -> None:
                 f"--ckpt_path: {key} is {theirs.get(key)!r} in the checkpoint and {value!r} in this run; "
                 "set it as in the checkpoint"
             )
+    check_loaded_numbers(checkpoint["state_dict"])
     module.coefficients.load_state_dict(theirs["coefficients"])
+    module.skipped.load_state_dict(theirs.get("skipped_steps", module.skipped.state_dict()))
     module.configure_model()
     trained = {f"policy.{name}" for name in module.policy.trainable()}
     if missing := trained ^ set(checkpoint["state_dict"]):

@@ -8,6 +8,7 @@ from typing import Any
 from lightning.pytorch.utilities import rank_zero_warn
 
 from grpo_lightning.errors import ConfigError, choices
+from grpo_lightning.ranges import check_numbers
 
 BOOKKEEPING = frozenset(
     {
@@ -29,8 +30,10 @@ BOOKKEEPING = frozenset(
 
 def lora_config(lora: Any) -> Any:
     """Returns a LoraConfig; checks the names in a mapping, since peft's own message lists none."""
-    if lora is None or not isinstance(lora, Mapping):
-        return lora
+    if lora is None:
+        return None
+    if not isinstance(lora, Mapping):
+        return _checked(lora)
     from dataclasses import fields
 
     from peft import LoraConfig
@@ -39,7 +42,18 @@ def lora_config(lora: Any) -> Any:
     for key in lora:
         if key not in allowed:
             raise ConfigError(f"model.lora has the key {choices(key, allowed)}")
-    return LoraConfig(**{"task_type": "CAUSAL_LM", "target_modules": "all-linear", **lora})
+    check_numbers("model.lora", lora)  # before peft takes them
+    return _checked(LoraConfig(**{"task_type": "CAUSAL_LM", "target_modules": "all-linear", **lora}))
+
+
+def _checked(config: Any) -> Any:
+    bounds = [
+        ("r", config.r >= 1, "at least 1"),
+        ("lora_alpha", config.lora_alpha > 0, "> 0: it scales the adapter by lora_alpha / r"),
+        ("lora_dropout", 0 <= config.lora_dropout < 1, "in [0, 1)"),
+    ]
+    check_numbers("model.lora", vars(config), bounds)
+    return config
 
 
 def check_lora(lora: Any) -> None:

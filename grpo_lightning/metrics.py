@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from grpo_lightning.errors import GRPOError
 from grpo_lightning.samples import Completion
 from grpo_lightning.stats import Stat, combine, extreme, mean, mean_of, spread_of, values
 
@@ -27,6 +28,26 @@ def gather(item: Any) -> list[Any]:
     items: list[Any] = [None] * _world()
     torch.distributed.all_gather_object(items, item)
     return items
+
+
+def any_rank(flag: Tensor) -> bool:
+    """Returns whether `flag`, [] bool on this rank's device, holds on any rank; waits for the device."""
+    if distributed():
+        flag = flag.to(torch.int32)
+        torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX)
+    return bool(flag)
+
+
+def raise_together(error: GRPOError | None, all_ranks: bool = True) -> None:
+    """Raises the first rank's error on all ranks, so that none waits for one that has ended.
+
+    Args:
+        error: of this rank, or None.
+        all_ranks: whether all of them come here; else this rank raises alone.
+    """
+    for found in gather(error) if all_ranks else [error]:
+        if found is not None:
+            raise found
 
 
 def all_sum(x: Tensor) -> Tensor:

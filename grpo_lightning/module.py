@@ -14,11 +14,13 @@ from torch import Tensor
 
 from grpo_lightning.batch import RolloutBatch
 from grpo_lightning.checkpoint import load, save
-from grpo_lightning.errors import ConfigError, GRPOError
+from grpo_lightning.errors import ConfigError
+from grpo_lightning.finite import SkippedSteps, build_optimizer, check_options, check_weights
 from grpo_lightning.kernels import KernelConfig
 from grpo_lightning.lora import check_quantization, lora_config, starts_as_base
 from grpo_lightning.losses import Coefficients, LossConfig
 from grpo_lightning.losses.policy_loss import Weights
+from grpo_lightning.losses.trial import check_surrogate
 from grpo_lightning.metrics import all_ranks, gradient_norm, gradient_scale, log_numbers
 from grpo_lightning.models import named, resolve_model
 from grpo_lightning.ops import policy_loss
@@ -100,6 +102,7 @@ class GRPOModule(pl.LightningModule):
         self.policy: Policy = cast("Policy", None)
         self.strict_loading = False  # checkpoints hold only what trains; `on_load_checkpoint` checks the rest
         self._changed = WeightsChanged({})
+        self.skipped = SkippedSteps()
         self._window: list[Mapping[str, Stat]] = []
         self.window_metrics: dict[str, float] = {}
         """what the loss of the latest optimizer step logged"""
@@ -126,7 +129,9 @@ class GRPOModule(pl.LightningModule):
                 "it must be true, false or offload"
             )
         check_quantization(self.quantization, self.lora)
+        check_surrogate(self.loss)
         if stage == "fit" and self._trainer is not None:
+            check_options(self)
             check_precision(self.trainer.precision, self.lora, self.model_kwargs)
 
     @property
@@ -188,13 +193,10 @@ class GRPOModule(pl.LightningModule):
         trained = self.policy.trainable()
         check_trained(trained, self.model_kwargs)
         self._changed = WeightsChanged(trained)
-        optimizer = self.make_optimizer(trained.values())  # pyright: ignore[reportArgumentType]
-        if self.make_scheduler is None:
+        optimizer, scheduler = build_optimizer(self.make_optimizer, self.make_scheduler, trained.values())
+        if scheduler is None:
             return optimizer
-        return {
-            "optimizer": optimizer,
-            "lr_scheduler": {"scheduler": self.make_scheduler(optimizer), "interval": "step"},
-        }
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def on_fit_start(self) -> None:
         """Checks that this library computes what the model does, and exchanges layers for speed."""
@@ -254,14 +256,16 @@ class GRPOModule(pl.LightningModule):
         log_numbers(self, found)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Logs the norm of the gradient, before it is clipped, and the learning rate of the first group."""
+        """Logs the gradient's norm before it is clipped, and the learning rate; skips what is not finite."""
         norm = gradient_norm(self.parameters()) / gradient_scale(self.trainer, optimizer)
-        log_numbers(self, {"grad_norm": norm, "learning_rate": float(optimizer.param_groups[0]["lr"])})
+        skipped, rate = self.skipped.judge(self, optimizer, norm), float(optimizer.param_groups[0]["lr"])
+        log_numbers(self, {"grad_norm": norm, "learning_rate": rate, "train/skipped_steps": skipped})
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """Steps, and lets the reference follow; here, so that a checkpoint of this step holds both."""
         with self._changed.step(self.trainer.optimizers) as found:
             super().optimizer_step(*args, **kwargs)
+            check_weights(self)
         log_numbers(self, found)
         if self.reference is not None and (self.global_step + 1) % self.reference.ema_every == 0:
             assert self.policy.reference_copy is not None
@@ -286,16 +290,14 @@ class GRPOModule(pl.LightningModule):
         self.window_stats = all_ranks(combine(self._window))
         metrics = values(self.window_stats)
         self._window.clear()
-        if "loss" not in metrics:
-            raise GRPOError(
-                f"the loss of optimizer step {self.global_step} is not finite; lower the learning rate, "
-                "raise clipping (trainer.gradient_clip_val), or inspect the rollout with rollout.record_to"
-            )
         check_totals(metrics, self.global_step)
         metrics |= self.coefficients.metrics()
         if self.policy.graphs is not None:
             metrics["graphs/captures"] = float(self.policy.graphs.captures)
-        self.coefficients.step(metrics)
+        if self.skipped.look(metrics):
+            self.coefficients.step(metrics)
+        else:  # the step is skipped, and its numbers are judged no further
+            self.window_stats = {}
         self.window_metrics = metrics
         log_numbers(self, metrics, shown=("kl",))
 

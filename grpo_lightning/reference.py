@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from grpo_lightning.errors import ConfigError
+from grpo_lightning.ranges import check_numbers
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,7 @@ class ReferenceConfig:
     ema_every: int = 512
 
     def __post_init__(self) -> None:
+        check_numbers("model.reference", self)
         if not 0 < self.ema_alpha <= 1 or self.ema_every < 1:
             raise ConfigError(
                 f"model.reference has ema_alpha {self.ema_alpha} and ema_every {self.ema_every}; "

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from grpo_lightning.errors import ConfigError
+from grpo_lightning.ranges import check_numbers
 
 if TYPE_CHECKING:
     import torch
@@ -68,9 +68,7 @@ class SamplingParams:
             ("repetition_penalty", self.repetition_penalty > 0, "> 0 (1 is off)"),
             ("max_tokens", self.max_tokens >= 1, ">= 1"),
         )
-        for name, holds, allowed in bounds:
-            if not holds:
-                raise ConfigError(f"sampling.{name} is {getattr(self, name)}; it must be {allowed}")
+        check_numbers("sampling", self, bounds)
 
     @property
     def truncation(self) -> Truncation | None:

@@ -6,6 +6,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from grpo_lightning.errors import ConfigError
+from grpo_lightning.ranges import check_numbers
 
 
 class WarmupCosine(LambdaLR):
@@ -21,6 +22,8 @@ class WarmupCosine(LambdaLR):
     def __init__(
         self, optimizer: Optimizer, total_steps: int, warmup_steps: int = 0, final_ratio: float = 0.0
     ) -> None:
+        given = {"total_steps": total_steps, "warmup_steps": warmup_steps, "final_ratio": final_ratio}
+        check_numbers("WarmupCosine", given, [("final_ratio", final_ratio >= 0, ">= 0")])
         if not 0 <= warmup_steps < total_steps:
             raise ConfigError(
                 f"WarmupCosine.warmup_steps is {warmup_steps}; it must be in [0, total_steps={total_steps})"

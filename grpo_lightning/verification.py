@@ -10,6 +10,7 @@ from torch import Tensor
 
 from grpo_lightning.batch import RolloutBatch
 from grpo_lightning.errors import ConfigError, GRPOError
+from grpo_lightning.finite import BAD_LOGPROBS
 from grpo_lightning.layouts import padded_hidden
 from grpo_lightning.losses.segments import Segments
 from grpo_lightning.losses.window import given
@@ -167,6 +168,7 @@ def rollout_stats(rollout: RolloutBatch, logprobs: Tensor, gap: Tensor | None, l
         "rollout/policy_lag": mean(float(lag), 1.0),
         "rollout/window_tokens": extreme("max", float(rollout.totals.tokens)),
         "rollout/loss_tokens": extreme("sum", float(sum(rollout.lengths))),
+        BAD_LOGPROBS: extreme("sum", (~logprobs.isfinite()).sum()),
     }
     if lag == 0 and rollout.old_logprobs is not None and len(logprobs):
         error = ((logprobs - rollout.old_logprobs).exp() - 1).abs().max()

@@ -9,6 +9,7 @@ import torch
 from torchmetrics import MeanMetric
 
 from grpo_lightning.errors import ConfigError, choices
+from grpo_lightning.ranges import check_numbers
 from grpo_lightning.rollout.collect import Rollout
 from grpo_lightning.samples import SamplingParams
 
@@ -32,6 +33,7 @@ class ValidationConfig:
     before_training: bool = False
 
     def __post_init__(self) -> None:
+        check_numbers("rollout.validation", self)
         greedy = self.sampling is None or self.sampling.temperature == 0
         if self.num_generations < 1 or (greedy and self.num_generations > 1):
             raise ConfigError(

@@ -1,5 +1,6 @@
 """From a rollout to the micro-batches that train: penalties, windows, passes without gradient, selections."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -9,9 +10,10 @@ import torch
 from grpo_lightning.batch import RolloutBatch
 from grpo_lightning.callbacks.memory import Cutter, cut
 from grpo_lightning.callbacks.surroundings import profiled, run_seed
+from grpo_lightning.errors import GRPOError
 from grpo_lightning.losses import LossConfig
 from grpo_lightning.losses.window import choose_tokens, given, reference_gap
-from grpo_lightning.metrics import all_sum, gather
+from grpo_lightning.metrics import all_sum, gather, raise_together
 from grpo_lightning.packing import sampling_weights
 from grpo_lightning.rollout.collect import Collector, Rollout
 from grpo_lightning.rollout.sampling import uniforms
@@ -40,6 +42,7 @@ def make_parts(
         for window in batch.windows(settings.updates_per_rollout)
         for part in _micro_batches(window, several, settings, trainer, module)
     ]
+    raise_together(_unsound(parts, module.loss))
     return parts, len(whole.prompt_lengths) - len(batch.prompt_lengths)
 
 
@@ -58,6 +61,24 @@ def _with_kl_in_reward(
     batch = collector.penalised(rollout, module.coefficients.kl * gap)
     rollout.samples.update(advantage=batch.advantages.tolist(), penalised_reward=batch.rewards.tolist())
     return replace(batch, ref_logprobs=reference)
+
+
+def _unsound(parts: Sequence[RolloutBatch], loss: LossConfig) -> GRPOError | None:
+    """Returns the error of numbers that were scored before training and are not finite, or None."""
+    scored = {
+        "log-probabilities of the policy": "old_logprobs",
+        "log-probabilities of the reference": "ref_logprobs",
+        **({"entropies of the policy": "old_entropies"} if loss.top_entropy_quantile < 1 else {}),
+    }
+    for name, field in scored.items():
+        known = [x for x in (getattr(part, field) for part in parts) if x is not None]
+        if not all(bool(x.isfinite().all()) for x in known):
+            return GRPOError(
+                f"the {name}, taken of a rollout before it trains, are not finite: weights are ruined, or a "
+                "value overflows in its type; go on from an older checkpoint (--ckpt_path), or change "
+                "trainer.precision"
+            )
+    return None
 
 
 def _drops(settings: "RolloutCallback", loss: LossConfig) -> bool:

@@ -101,7 +101,7 @@ class RolloutCallback(Callback):
         record_to: str | None = None,
     ) -> None:
         check_counts(num_generations, updates_per_rollout, num_iterations, dynamic_sampling)
-        check_sampling(sampling, advantage)
+        check_sampling(sampling, advantage, advantage_clip)
         check_micro_batches(micro_batches)
         if engine is not None and not isinstance(engine, RolloutEngine):
             raise ConfigError(f"rollout.engine: {type(engine).__name__} lacks methods of RolloutEngine")

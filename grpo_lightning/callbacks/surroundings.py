@@ -1,5 +1,6 @@
 """What a rollout needs to know of the Trainer around it."""
 
+import math
 import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -15,6 +16,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from grpo_lightning.advantages import ADVANTAGES
 from grpo_lightning.errors import ConfigError, choices
 from grpo_lightning.losses import LossConfig
+from grpo_lightning.ranges import check_numbers
 from grpo_lightning.rollout.engine import EngineContext, RolloutEngine
 from grpo_lightning.samples import PromptBatch, SamplingParams
 
@@ -87,18 +89,31 @@ def check_counts(
     num_generations: int, updates_per_rollout: int, num_iterations: int, dynamic_sampling: int
 ) -> None:
     """Raises ConfigError if a count of the rollout section is too small."""
-    for key, value, least, why in (
+    counts = (
         ("num_generations", num_generations, 2, ": a group of one has no signal"),
         ("updates_per_rollout", updates_per_rollout, 1, ""),
         ("num_iterations", num_iterations, 1, ""),
         ("dynamic_sampling", dynamic_sampling, 0, ": how often a group is replaced"),
-    ):
-        if value < least:
-            raise ConfigError(f"rollout.{key} is {value}; it must be at least {least}{why}")
+    )
+    bounds = [(key, value >= least, f"at least {least}{why}") for key, value, least, why in counts]
+    check_numbers("rollout", {key: value for key, value, _, _ in counts}, bounds)
 
 
-def check_sampling(sampling: SamplingParams, advantage: str | None) -> None:
-    """Raises ConfigError if training cannot sample like this, or the advantage is unknown."""
+def check_sampling(
+    sampling: SamplingParams,
+    advantage: str | None,
+    clip: tuple[float | None, float | None] | None = None,
+) -> None:
+    """Raises ConfigError if training cannot sample like this, or advantages cannot be made or clipped so."""
+    low, high = (
+        (-math.inf if clip is None or clip[0] is None else clip[0]),
+        (math.inf if clip is None or clip[1] is None else clip[1]),
+    )
+    allowed = (
+        "low <= 0 <= high with low < high: a group without signal has the advantage 0; null does not clip"
+    )
+    given = {"advantage_clip": clip}
+    check_numbers("rollout", given, [("advantage_clip", low <= 0 <= high and low < high, allowed)])
     if sampling.temperature == 0:
         raise ConfigError(
             "rollout.sampling.temperature is 0; training needs > 0, e.g. 1.0 (greedy has no variety)"

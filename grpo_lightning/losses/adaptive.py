@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from grpo_lightning.errors import ConfigError
+from grpo_lightning.ranges import check_numbers
 
 if TYPE_CHECKING:
     from grpo_lightning.losses.config import LossConfig
@@ -27,6 +28,7 @@ class AdaptiveEntropy:
     max: float = 1.0
 
     def __post_init__(self) -> None:
+        check_numbers("model.loss.adaptive_entropy", self)
         if not 0 <= self.min <= self.max or self.delta <= 0:
             raise ConfigError(
                 f"model.loss.adaptive_entropy has min {self.min}, max {self.max}, delta {self.delta}; "
@@ -58,6 +60,7 @@ class AdaptiveKL:
     gain: float = 0.1
 
     def __post_init__(self) -> None:
+        check_numbers("model.loss.adaptive_kl", self)
         if self.target <= 0 or not 0 < self.gain <= 1:
             raise ConfigError(
                 f"model.loss.adaptive_kl has target {self.target} and gain {self.gain}; "

@@ -12,6 +12,7 @@ from grpo_lightning.losses.kl import KL_ESTIMATORS
 from grpo_lightning.losses.ratios import RATIO_LEVELS
 from grpo_lightning.losses.recipes import RECIPES, Recipe
 from grpo_lightning.losses.surrogates import SURROGATES, Surrogate, register_surrogate
+from grpo_lightning.ranges import Bound, check_numbers
 
 COMMON_DEFAULTS: Mapping[str, float | str] = {
     "clip_low": 0.2,
@@ -19,6 +20,13 @@ COMMON_DEFAULTS: Mapping[str, float | str] = {
     "kl_estimator": "k3",
     "kl_in": "loss",
 }
+
+
+LIMITS = ("clip_high", "dual_clip", "cispo_weight_max", "log_clip_low", "log_clip_high", "dppo_low",
+          "dppo_high", "dppo_weight_max", "cov_high", "fipo_rho_max", "off_policy_threshold",
+          "params")  # fmt: skip
+"""options that infinity switches off; a user's own may be anything but nan"""
+VESPO = ("k_pos", "lambda_pos", "k_neg", "lambda_neg")
 
 
 @dataclass(frozen=True)
@@ -221,15 +229,13 @@ class LossConfig:
         for key, table in tables.items():
             if (value := getattr(self, key)) not in table:
                 raise ConfigError(f"model.loss.{key} is {choices(value, table)}")
-        for key, holds, allowed in self._bounds():
-            if not holds:
-                raise ConfigError(f"model.loss.{key} is {getattr(self, key)}; it must be {allowed}")
+        check_numbers("model.loss", self, self._bounds(), may_be_infinite=LIMITS)
         if self.ratio_level not in (levels := self.objective.levels):
             raise ConfigError(
                 f"model.loss.ratio_level is {choices(self.ratio_level, levels)} for {self.surrogate!r}"
             )
 
-    def _bounds(self) -> list[tuple[str, bool, str]]:
+    def _bounds(self) -> list[Bound]:
         low, high = self.clip_range
         k1_alone = KL_ESTIMATORS[str(self.kl_estimator)].needs_correction and not self.kl_bias_correction
         above = f"null or above 1 + clip_high = {1 + high:g}, or it would also cut positive advantages"
@@ -259,7 +265,12 @@ class LossConfig:
             ("dppo_weight_max", self.dppo_weight_max > 0, "> 0"),
             ("cov_frac", 0 < self.cov_frac <= 1, "in (0, 1]"),
             ("cov_low", self.cov_low <= self.cov_high, "at most cov_high"),
+            ("kl_cov_coef", self.kl_cov_coef >= 0, ">= 0"),
+            *((key, (getattr(self, key) or 0) >= 0, ">= 0") for key in ("dppo_low", "dppo_high", "dro_coef")),
+            *((f"vespo_{key}", getattr(self, f"vespo_{key}") >= 0, ">= 0") for key in VESPO),
             ("fipo_gamma", 0 < self.fipo_gamma <= 1, "in (0, 1]"),
+            ("fipo_range", self.fipo_range >= 0, ">= 0"),
+            ("fipo_rho_max", self.fipo_rho_max > 0, "> 0"),
             ("entropy_coef", self.entropy_coef >= 0, ">= 0"),
             ("real_tau", self.real_tau > 0, "> 0"),
             (

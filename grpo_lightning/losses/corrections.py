@@ -14,6 +14,7 @@ from grpo_lightning.batch import RolloutBatch
 from grpo_lightning.errors import ConfigError, choices
 from grpo_lightning.losses.ratios import MAX_LOG_RATIO
 from grpo_lightning.losses.segments import Segments
+from grpo_lightning.ranges import check_numbers
 from grpo_lightning.stats import Stat, effective_share, extreme
 
 
@@ -78,6 +79,7 @@ class CorrectionConfig:
         for key, table in (("level", LEVELS), ("mode", MODES)):
             if (value := getattr(self, key)) not in table:
                 raise ConfigError(f"model.loss.correction.{key} is {choices(value, table)}")
+        check_numbers("model.loss.correction", self, may_be_infinite=("high",))
         low, high = self.bounds
         if low < 0:
             raise ConfigError(f"model.loss.correction.low is {self.low}; it must be null or >= 0")

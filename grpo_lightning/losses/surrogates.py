@@ -52,8 +52,22 @@ class Surrogate:
     """selects at random among tokens of high covariance, not the highest"""
 
     def __call__(self, **inputs: Any) -> Tensor:
-        """Returns l [N], or a scalar with `whole_groups`."""
-        return self.function(**{name: inputs[name] for name in self.wants})
+        """Returns l [N], or a scalar with `whole_groups`.
+
+        Raises:
+            ConfigError: the function returned another shape, which would be spread over all tokens.
+        """
+        out = self.function(**{name: inputs[name] for name in self.wants})
+        wanted = () if self.whole_groups else tuple(inputs["logprobs"].shape)
+        shape = getattr(out, "shape", None)
+        if shape is None or tuple(shape) != wanted:
+            found = type(out).__name__ if shape is None else f"shape {tuple(shape)}"
+            name = getattr(self.function, "__name__", "the surrogate")
+            raise ConfigError(
+                f"model.loss: {name} returned {found}, expected shape {wanted}: one value per token; leave "
+                "sums and means to model.loss.aggregation"
+            )
+        return out
 
 
 SURROGATES: dict[str, Surrogate] = {}

@@ -9,6 +9,8 @@ from typing import Any
 
 from grpo_lightning.errors import ConfigError, RewardError
 
+LARGEST = 3e38
+"""magnitude of rewards, which training keeps in float32; their squares fit into float64 many times over"""
 _CLIP = 300
 _CONTRACT = "a reward function returns a list with one float, or None where it does not apply, per completion"
 
@@ -29,8 +31,8 @@ class Samples:
         columns = repr({name: values[s] for name, values in self.columns.items()})
         return (
             f"\n  prompt:     {prompt if len(prompt) <= _CLIP else '…' + prompt[-_CLIP:]}"
-            f"\n  completion: {_head(repr(self.completions[s]))}"
-            f"\n  columns:    {_head(columns)}"
+            f"\n  completion: {clipped(repr(self.completions[s]))}"
+            f"\n  columns:    {clipped(columns)}"
         )
 
 
@@ -65,7 +67,7 @@ def as_floats(name: str, returned: object, samples: Samples) -> list[float]:
         shape = getattr(returned, "shape", None)
         kind = type(returned).__name__ + ("" if shape is None else f" of shape {tuple(shape)}")
         raise RewardError(
-            f"reward function {name!r} returned {_head(repr(returned))} ({kind}); {_CONTRACT}.\n"
+            f"reward function {name!r} returned {clipped(repr(returned))} ({kind}); {_CONTRACT}.\n"
             f"The first completion of the call:{samples.show(0)}"
         )
     if len(values) != len(samples.completions):
@@ -90,20 +92,39 @@ def _as_float(name: str, s: int, value: Any, samples: Samples) -> float:
         return math.nan
     if not isinstance(scalar, Real):
         raise RewardError(
-            f"reward function {name!r} returned {_head(repr(value))} ({type(value).__name__}) "
+            f"reward function {name!r} returned {clipped(repr(value))} ({type(value).__name__}) "
             f"for completion {s}; {_CONTRACT}.{samples.show(s)}"
         )
     try:
         number = float(scalar)
     except OverflowError:
         number = math.inf
-    if not math.isfinite(number):
+    if not abs(number) <= LARGEST:
         raise RewardError(
-            f"reward function {name!r} returned {number} for completion {s}; return a finite number, "
-            f"or None where the function does not apply.{samples.show(s)}"
+            f"reward function {name!r} returned {number} for completion {s}; return a finite number of at "
+            f"most {LARGEST:.2g}, or None where the function does not apply.{samples.show(s)}"
         )
     return number
 
 
-def _head(text: str) -> str:
+def check_total(names: Sequence[str], row: Sequence[float], total: float, s: int, samples: Samples) -> None:
+    """Raises RewardError if the weighted sum of a completion's rewards is beyond what training computes with.
+
+    Args:
+        names: K functions.
+        row: their values; NaN stands for None.
+        total: their weighted sum, NaN where none applies.
+        s: the completion.
+        samples: of the call.
+    """
+    if abs(total) > LARGEST:
+        values = ", ".join(f"{name} {value:g}" for name, value in zip(names, row, strict=True))
+        raise RewardError(
+            f"the weighted rewards of completion {s} add up to {total:g} ({values}); the limit is "
+            f"{LARGEST:.2g}: lower rollout.reward_weights or what the functions return.{samples.show(s)}"
+        )
+
+
+def clipped(text: str) -> str:
+    """Returns the beginning of a text, for a message."""
     return text if len(text) <= _CLIP else f"{text[:_CLIP]}…"

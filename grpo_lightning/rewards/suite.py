@@ -13,8 +13,9 @@ from functools import partial
 from typing import Any
 
 from grpo_lightning.errors import ConfigError, choices
+from grpo_lightning.ranges import check_numbers
 from grpo_lightning.rewards.resolve import RewardFunction, RewardSpec, resolve
-from grpo_lightning.rewards.returned import Samples, as_floats, failures_named
+from grpo_lightning.rewards.returned import Samples, as_floats, check_total, failures_named
 
 # What every function may ask for besides the dataset's columns.
 _GIVEN = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric")
@@ -146,6 +147,8 @@ class Rewards:
         by_function = [as_floats(n, r, samples) for n, r in zip(self.names, returned, strict=True)]
         values = [[own[s] for own in by_function] for s in range(len(completions))]
         totals = [_weighted_sum(row, self.weights) for row in values]
+        for s, (row, total) in enumerate(zip(values, totals, strict=True)):
+            check_total(self.names, row, total, s, samples)
         _warn_of_unscored(totals)
         metrics = {name: math.fsum(logged) / len(logged) for name, logged in log.metrics.items()}
         return Scores(list(self.names), values, list(self.weights), totals, metrics, log.extra, log.owners)
@@ -252,7 +255,10 @@ def _as_messages(prompts: Sequence[Any], completions: Sequence[str]) -> list[Any
 
 def _weighted_sum(row: Sequence[float], weights: Sequence[float]) -> float:
     applicable = [w * value for w, value in zip(weights, row, strict=True) if not math.isnan(value)]
-    return math.fsum(applicable) if applicable else math.nan
+    try:
+        return math.fsum(applicable) if applicable else math.nan
+    except (OverflowError, ValueError):  # beyond what a float holds; with both signs, infinities cancel
+        return math.inf
 
 
 def _warn_of_unscored(totals: Sequence[float]) -> None:
@@ -301,6 +307,7 @@ def _checked_weights(weights: Sequence[float] | None, names: Sequence[str]) -> l
             f"rollout.reward_weights has {len(weights)} entries for {len(names)} reward functions "
             f"({', '.join(names)}); give one each, or leave it out for 1.0"
         )
-    if not all(math.isfinite(weight) for weight in weights):
-        raise ConfigError(f"rollout.reward_weights is {list(weights)}; each must be a finite number")
+    allowed = "other than 0 for at least one function: nothing would be rewarded"
+    given = {"reward_weights": list(weights)}
+    check_numbers("rollout", given, [("reward_weights", any(weights), allowed)])
     return [float(weight) for weight in weights]

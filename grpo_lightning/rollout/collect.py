@@ -12,8 +12,9 @@ from torch import Tensor
 from grpo_lightning import advantages as adv
 from grpo_lightning.batch import RolloutBatch
 from grpo_lightning.errors import ConfigError, EngineError
-from grpo_lightning.metrics import all_sum, length_stats, reward_stats
+from grpo_lightning.metrics import all_sum, length_stats, raise_together, reward_stats
 from grpo_lightning.rewards.suite import Rewards, Scores
+from grpo_lightning.rollout.checks import bad_advantages, bad_logprobs, bad_penalty
 from grpo_lightning.rollout.engine import Request, RolloutEngine, describe, sample_seeds
 from grpo_lightning.rollout.groups import Place, fill
 from grpo_lightning.rollout.session import open_session
@@ -114,8 +115,10 @@ class Collector:
         requests, completions, texts, scores = done
         if [len(c) for c in completions] != [len(r.seeds) for r in requests]:
             raise EngineError(f"{describe(self.engine)} returned {[len(c) for c in completions]} completions")
+        raise_together(bad_logprobs(self.engine, requests, completions), self.all_ranks)
         rewards = self._rewards(scores, completions, len(requests))
-        advantages = adv.compute_advantages(self.advantage, rewards, clip=self.advantage_clip)
+        samples = _samples(prompts, texts, scores, rewards.total, self.num_generations)
+        advantages = self._advantages(rewards, samples)
         batch = self._packed(prompts, completions, rewards, advantages, policy_version)
         stats = {
             **length_stats(completions, self.num_generations * sum(map(len, prompts.prompt_ids))),
@@ -130,7 +133,7 @@ class Collector:
             stats=stats,
             requests=requests,
             completions=completions,
-            samples=_samples(prompts, texts, scores, rewards.total, advantages, self.num_generations),
+            samples=samples | {"advantage": advantages.tolist()},
             scores=scores,
             rewards=rewards,
         )
@@ -160,10 +163,21 @@ class Collector:
         )
 
     def penalised(self, rollout: Rollout, penalty: Tensor) -> RolloutBatch:
-        """Returns the batch with `penalty` [S] taken off the rewards, and the advantages that follow."""
+        """Returns the batch with `penalty` [S] taken off the rewards, and the advantages that follow.
+
+        Raises:
+            GRPOError: a penalty is not finite; nan would make its completion look unscored.
+        """
+        raise_together(bad_penalty(penalty), self.all_ranks)
         table = replace(rollout.rewards, penalty=penalty.double())
-        advantages = adv.compute_advantages(self.advantage, table, clip=self.advantage_clip)
+        advantages = self._advantages(table, rollout.samples)
         return replace(rollout.batch, rewards=table.total.float(), advantages=advantages)
+
+    def _advantages(self, table: adv.RewardTable, samples: Mapping[str, list[Any]]) -> Tensor:
+        """Returns advantages [S]; raises RewardError, showing the first sample whose own is not finite."""
+        out = adv.compute_advantages(self.advantage, table, clip=self.advantage_clip)
+        raise_together(bad_advantages(out, self.advantage, table, samples), self.all_ranks)
+        return out
 
     @contextmanager
     def _timed(self, name: str, seconds: dict[str, float]) -> Iterator[None]:
@@ -256,14 +270,14 @@ def last_text(prompt: Any) -> str:
 
 
 def _samples(
-    prompts: PromptBatch, texts: list[str], scores: Scores, total: Tensor, advantages: Tensor, count: int
+    prompts: PromptBatch, texts: list[str], scores: Scores, total: Tensor, count: int
 ) -> dict[str, list[Any]]:
     columns: dict[str, list[Any]] = {
         "prompt": [last_text(p) for p in repeat(prompts.prompts, count)],
         "completion": texts,
         **{name: [row[k] for row in scores.values] for k, name in enumerate(scores.names)},
         "reward": total.tolist(),
-        "advantage": advantages.tolist(),
+        "advantage": [],
     }
     for name in scores.extra:
         if name in columns:

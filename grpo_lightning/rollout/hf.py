@@ -2,6 +2,7 @@
 engines."""
 
 import inspect
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -86,6 +87,15 @@ class HFEngine:
         return _decoded(self._policy, requests, sampling, self._way, self.batch_size)
 
 
+def not_finite(model: Any) -> str:
+    """Returns what is said of a model whose logits no token can be drawn from."""
+    return (
+        f"the logits of {type(model).__name__} are not finite, so no token can be drawn from them: its "
+        "weights are ruined, or a value overflows in their type; go on from an older checkpoint "
+        "(--ckpt_path), or change trainer.precision"
+    )
+
+
 def right_way(policy: Policy) -> Way:
     """Returns the fastest way of decoding that gives the log-probabilities of one row in one call.
 
@@ -107,6 +117,8 @@ def right_way(policy: Policy) -> Way:
                 rank_zero_warn(f"HFEngine decodes {model} {name}: otherwise its decoding {reasons[-1]}")
             return way
         reasons.append(reason)
+    if alone(policy, ids, kernels=True).isnan().any():
+        raise EngineError(not_finite(policy.causal))
     raise EngineError(
         f"HFEngine cannot decode {type(policy.causal).__name__}: it {reasons[-1]}; use another architecture"
     )
@@ -263,7 +275,13 @@ class _Decoder:
         return seen
 
     def _record(self, ids: list[int], logprobs: list[float]) -> list[int]:
-        """Stores one token per row; returns the places of the rows that go on."""
+        """Stores one token per row; returns the places of the rows that go on.
+
+        Raises:
+            EngineError: a token was drawn from logits that are not finite.
+        """
+        if not math.isfinite(sum(logprobs)):
+            raise EngineError(not_finite(self.causal))
         alive = []
         for i, (row, token, logprob) in enumerate(zip(self.rows, ids, logprobs, strict=True)):
             self.tokens[row].append(token)
