@@ -1,8 +1,8 @@
-"""Kills runs and resumes each by `--ckpt_path last` until its end, which must be that of a run nobody killed.
+"""Kills runs and resumes each by `--ckpt_path last` to its end, which must be that of a run nobody killed.
 
-A kill is SIGKILL before a file operation of a save, SIGKILL or SIGTERM at a random moment. After each, what has
-a final name must be whole, and an adapter its checkpoint's. At the end weights, optimizer, random states, loss
-coefficients, logged metrics and completions of all launches must have the bits of the whole run's.
+A kill is SIGKILL before a file operation of a save, or SIGKILL or SIGTERM at a random moment. After each,
+what has a final name must be whole, and an adapter its checkpoint's. At the end weights, optimizer, random
+states, loss coefficients, logged metrics and completions of all launches must have the bits of the whole run's.
 """
 
 import argparse
@@ -16,6 +16,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,10 @@ KINDS = (
 DISKS = (Path(tempfile.gettempdir()), Path("/dev/shm"))
 WAYS = ("operation", "operation", "SIGKILL", "SIGTERM")
 CLOCK = re.compile(r"time/|step_time|tokens_per_second")
+OF_A_LAUNCH = re.compile(r"check/")
+"""metrics of a process's first step"""
+BOOKS = re.compile(r"/loops/\w+/epoch_progress/\w+/(ready|started)$")
+"""how often Lightning began an epoch: once more if it is resumed at the end of one"""
 
 
 class Whole:
@@ -72,22 +77,24 @@ class Whole:
         log = [tuple(entry) for entry in json.loads((runs[0] / "operations.json").read_text())]
         self.operations: list[tuple[str, str]] = [(o, _without_numbers(n)) for o, n in log]
         ends = [i for i, (o, n) in enumerate(log) if (o, n) == ("rename", "last.ckpt")]
-        self.saves = [range(a, b) for a, b in zip(ends, ends[1:], strict=False)]
+        self.saves = [range(a, b) for a, b in pairwise(ends)]
         """of all steps but the first and the last: the operations from one renaming of `last` to the next"""
 
     def differences(self, root: Path) -> tuple[list[str], int]:
         """Returns where a resumed run differs, and how many rows of metrics died unlogged."""
-        wrong, seen = same(self.final, final(root)), set()
+        wrong, seen = [d for d in same(self.final, final(root)) if not BOOKS.match(d)], set()
         for line in _said(root):
             key = (line["what"], line["step"])
             seen.add(key)
-            kept = [
-                {k: v for k, v in r.items() if not CLOCK.match(k)} for r in (line["values"], self.lines[key])
-            ]
-            wrong += [f"launch {line['launch']} {key} {d}" for d in same(*kept)]
+            found, expected = _comparable(line["values"]), _comparable(self.lines[key])
+            wrong += [f"launch {line['launch']} {key} {d}" for d in same(found, expected)]
         missing = self.lines.keys() - seen
         wrong += [f"no {key}" for key in missing if key[0] != "metrics"]
         return wrong, len(missing)
+
+
+def _comparable(row: dict[str, str]) -> dict[str, str]:
+    return {k: v for k, v in row.items() if not CLOCK.match(k) and not OF_A_LAUNCH.match(k)}
 
 
 def _said(root: Path) -> list[dict[str, Any]]:
@@ -99,7 +106,7 @@ def _without_numbers(name: str) -> str:
 
 
 def look(root: Path) -> list[str]:
-    """Returns what is wrong in a folder after a kill: halves under final names, adapters of other checkpoints."""
+    """Returns what is wrong after a kill: halves under final names, adapters of other checkpoints."""
     wrong = []
     for file in (root / "ckpt").glob("*.ckpt"):
         if file.exists():  # a link may point to nothing for a moment
@@ -176,7 +183,7 @@ class Soak:
         if not kill:
             self.wrong += [f"{kind} {root}: launch {number} ended with {codes}"] if any(codes) else []
             return False
-        if any(l["what"] == "end" and l["launch"] == number for l in lines_of(root)):
+        if any(line["what"] == "end" and line["launch"] == number for line in lines_of(root)):
             self.tally["too late"] += 1
             return False
         self.kills += 1
