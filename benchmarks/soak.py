@@ -2,7 +2,7 @@
 
 A kill is SIGKILL before a file operation of a save, or SIGKILL or SIGTERM at a random moment. After each,
 what has a final name must be whole, and an adapter its checkpoint's. At the end weights, optimizer, random
-states, loss coefficients, logged metrics and completions of all launches must have the bits of the whole run's.
+states, loss coefficients, logged metrics and completions of all launches must have the bits of the whole run.
 """
 
 import argparse
@@ -37,12 +37,12 @@ from grpo_lightning.errors import CheckpointError
 from grpo_lightning.sealed import read_seal, verify
 
 KINDS = (
+    Kind(accumulate=2, updates=2, loss="entropy"),
+    Kind(lora=False, updates=2, loss="kl"),
+    Kind(ranks=2, loss="kl"),
     Kind(),
     Kind(accumulate=2, loss="entropy"),
-    Kind(updates=2, loss="kl"),
     Kind(lora=False),
-    Kind(accumulate=2, updates=2, loss="entropy"),
-    Kind(ranks=2, loss="kl"),
     Kind(save_last="link"),
     Kind(lora=False, accumulate=2, updates=2, loss="kl"),
     Kind(updates=2, save_last="link", loss="entropy"),
@@ -217,13 +217,13 @@ def main(argv: list[str] | None = None) -> Soak:
         kind, disk = KINDS[i % args.kinds], DISKS[i // args.kinds % len(DISKS)]
         soak.chain(kind, disk, most=args.kills - soak.kills)
         i += 1
-        if i % 20 == 0 or soak.kills >= args.kills:
+        if i % 10 == 0 or soak.kills >= args.kills:
             minutes = (time.monotonic() - started) / 60
             print(f"{soak.kills} kills, {minutes:.1f} min, {len(soak.wrong)} differences", flush=True)
             result = {"kills": soak.kills, "steps": STEPS, "minutes": round(minutes, 1), "seed": args.seed}
             counts = {"tally": dict(sorted(soak.tally.items())), "operations": dict(sorted(soak.at.items()))}
             versions = setting(torch.device("cpu"))
-            save("soak", {**versions, **result, "differences": soak.wrong, **counts}, args.out)
+            save(f"soak-{args.seed}", {**versions, **result, "differences": soak.wrong, **counts}, args.out)
     print(
         table(("kills", "count"), soak.tally.items()),
         table(("killed before", "count"), soak.at.items()),

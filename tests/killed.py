@@ -19,12 +19,12 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.loggers.logger import Logger
 
 from grpo_lightning import sealed
-from grpo_lightning.callbacks import AdapterCheckpointIO
+from grpo_lightning.callbacks import AdapterCheckpointIO, checkpoint
 from grpo_lightning.callbacks.last import newest, resolve_last
 from grpo_lightning.errors import ConfigError
 from grpo_lightning.losses import AdaptiveEntropy, AdaptiveKL, LossConfig
 
-STEPS = 5
+STEPS = 4
 LOSSES = {
     "dapo": LossConfig("dapo"),
     "entropy": LossConfig("dapo", adaptive_entropy=AdaptiveEntropy(target=100.0, delta=0.1, max=0.6)),
@@ -73,6 +73,7 @@ class Operations:
         os.fsync, sealed._Sink.write = counted_fsync, counted_write
         for name in ("save_checkpoint", "remove_checkpoint", "guard"):
             setattr(AdapterCheckpointIO, name, self._watched(getattr(AdapterCheckpointIO, name)))
+        checkpoint.replace_link = self._watched(checkpoint.replace_link)
 
     def _watched(self, function: Callable[..., Any]) -> Callable[..., Any]:
         def run(*args: Any, **kwargs: Any) -> Any:
