@@ -10,10 +10,12 @@ import os
 import shutil
 import time
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
@@ -153,8 +155,25 @@ def guard_folders(trainer: pl.Trainer, stage: str) -> None:
     if (told := trainer.strategy.broadcast(refused)) is not None:
         raise told
     for callback in trainer.checkpoint_callbacks:
-        if getattr(callback, "save_last", None) == "link":
-            callback._link_checkpoint = replace_link  # pyright: ignore
+        if isinstance(callback, ModelCheckpoint):
+            callback._link_checkpoint = replace_link
+            _save_between_steps(callback)
+
+
+def _save_between_steps(callback: ModelCheckpoint) -> None:
+    """Keeps a callback from saving in the middle of an optimizer step, whose gradient would be lost.
+
+    By itself it does so after the first micro-batch of a resumed run, by the clock (`train_time_interval`,
+    which now waits for the end of the step), and after a validation in the middle of a step.
+    """
+
+    def unless_accumulating(hook: Any, trainer: pl.Trainer, *args: Any) -> None:
+        if not trainer.fit_loop.epoch_loop._should_accumulate():
+            hook(trainer, *args)
+
+    for name in ("on_train_batch_end", "on_validation_end"):
+        stock = getattr(type(callback), name).__get__(callback)
+        setattr(callback, name, partial(unless_accumulating, stock))
 
 
 def replace_link(trainer: pl.Trainer, filepath: str, linkpath: str) -> None:

@@ -110,9 +110,10 @@ class Full(io.FileIO):
 @pytest.mark.parametrize("error", [Full.error, KeyboardInterrupt()])
 def test_an_error_of_a_write_comes_out_as_it_is(tmp_path, error):
     """torch makes a RuntimeError about positions of it."""
-    with Full(tmp_path / "x.ckpt", "xb") as file, pytest.raises(type(error)) as raised:
+    with Full(tmp_path / "x.ckpt", "xb") as file:
         file.error = error
-        write_sealed({"w": torch.zeros(10_000)}, file, SEAL)
+        with pytest.raises(type(error)) as raised:
+            write_sealed({"w": torch.zeros(10_000)}, file, SEAL)
     assert raised.value is error
 
 
