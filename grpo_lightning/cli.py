@@ -15,6 +15,7 @@ import lightning.pytorch as pl
 import yaml
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 
+from grpo_lightning.callbacks.last import resolve_last
 from grpo_lightning.callbacks.rollout import RolloutCallback
 from grpo_lightning.data.datamodule import PromptDataModule
 from grpo_lightning.errors import ConfigError, GRPOError, choices
@@ -128,6 +129,13 @@ class CLI(LightningCLI):
 
     def _parse_ckpt_path(self) -> None:
         """Leaves the command line as it is: Lightning would let the checkpoint's values win."""
+
+    def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
+        """Takes the newest sound checkpoint for `last`; Lightning would take the latest file."""
+        given = super()._prepare_subcommand_kwargs(subcommand)
+        if given.get("ckpt_path") == "last":
+            given["ckpt_path"] = resolve_last(self.trainer, fit=subcommand == "fit")
+        return given
 
 
 NOISE = (

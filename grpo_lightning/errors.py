@@ -24,6 +24,10 @@ class EngineError(GRPOError, RuntimeError):
     """A rollout engine could not start, synchronise or generate."""
 
 
+class CheckpointError(GRPOError, RuntimeError):
+    """A checkpoint could not be written, or what is there cannot be read."""
+
+
 def choices(value: object, allowed: Iterable[str]) -> str:
     """Returns `"'dapoo' (did you mean 'dapo'? allowed: bnpo, dapo)"`, for use in an error message."""
     names = sorted(allowed)

@@ -10,6 +10,7 @@ import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
 
 from grpo_lightning.batch import RolloutBatch
+from grpo_lightning.callbacks.checkpoint import guard_folders
 from grpo_lightning.callbacks.clock import Clock
 from grpo_lightning.callbacks.evaluation import Evaluation, ValidationConfig, validate_before_training
 from grpo_lightning.callbacks.memory import Cutter, check_micro_batches
@@ -21,6 +22,7 @@ from grpo_lightning.callbacks.state import batch_state, restore
 from grpo_lightning.callbacks.surroundings import (
     check_accumulation,
     check_batch,
+    check_columns,
     check_context,
     check_counts,
     check_epoch,
@@ -134,6 +136,7 @@ class RolloutCallback(Callback):
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Checks, before weights are loaded, that options, data and model fit together."""
+        guard_folders(trainer, stage)
         check_accumulation(trainer)
         check_micro_batches(self.micro_batches, trainer.accumulate_grad_batches)
         loss = getattr(pl_module, "loss", None)
@@ -142,9 +145,7 @@ class RolloutCallback(Callback):
         for key, sampling in (("sampling", self.sampling), ("validation.sampling", self.validation.sampling)):
             if sampling is not None:
                 check_context(trainer, pl_module, f"rollout.{key}", sampling)
-        columns = getattr(getattr(trainer, "datamodule", None), "columns_of_prompts", None)
-        if columns is not None:
-            self.rewards.check_columns(columns)
+        check_columns(trainer, self.rewards)
 
     def _start(self, trainer: pl.Trainer, module: Any) -> None:
         if self._started:

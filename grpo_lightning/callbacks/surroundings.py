@@ -17,6 +17,7 @@ from grpo_lightning.advantages import ADVANTAGES
 from grpo_lightning.errors import ConfigError, choices
 from grpo_lightning.losses import LossConfig
 from grpo_lightning.ranges import check_numbers
+from grpo_lightning.rewards.suite import Rewards
 from grpo_lightning.rollout.engine import EngineContext, RolloutEngine
 from grpo_lightning.samples import PromptBatch, SamplingParams
 
@@ -149,6 +150,13 @@ def check_context(trainer: pl.Trainer, module: Any, key: str, sampling: Sampling
             f"takes {context} in all: lower {key}.max_tokens to {max(context - longest, 0)}, or "
             "data.max_prompt_tokens"
         )
+
+
+def check_columns(trainer: pl.Trainer, rewards: Rewards) -> None:
+    """Raises ConfigError if a reward function asks for a column that the dataset does not have."""
+    columns = getattr(getattr(trainer, "datamodule", None), "columns_of_prompts", None)
+    if columns is not None:
+        rewards.check_columns(columns)
 
 
 def check_batch(batch: Any) -> None:

@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "grpo_lightning"
 FLOORS = [  # from the ground up; a module may import its own floor's neighbours below it, never above
-    ("errors", "ranges", "packing", "samples", "batch", "stats", "importing", "options", "_lazy"),
+    ("errors", "ranges", "packing", "samples", "sealed", "atomic", "batch", "stats", "importing", "options", "_lazy"),
     ("losses", "advantages"),
     ("ops",),
     ("models", "layouts", "reference", "lora", "weight_dtypes", "lora_layers", "attention_layers", "exchange",
