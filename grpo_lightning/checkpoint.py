@@ -1,18 +1,21 @@
 """What a checkpoint holds besides Lightning's own state: what trains, and what it belongs to."""
 
+from collections.abc import Callable
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from grpo_lightning.contents import of_module
 from grpo_lightning.errors import ConfigError
 from grpo_lightning.lora import lora_identity
+from grpo_lightning.resume import describe, take_over_optimizer
 from grpo_lightning.weight_dtypes import check_saved
 
 if TYPE_CHECKING:
     from grpo_lightning.module import GRPOModule
 
-FORMAT = 3
+FORMAT = 4
 
 
 def save(module: "GRPOModule", checkpoint: dict[str, Any]) -> None:
@@ -23,6 +26,8 @@ def save(module: "GRPOModule", checkpoint: dict[str, Any]) -> None:
     ours.update(
         {
             **_identity(module),
+            **_remembered(module, "_described", describe),
+            "contents": _remembered(module, "_contents", of_module),
             "coefficients": module.coefficients.state_dict(),
             "reference": _reference_weights(module),
         }
@@ -43,6 +48,7 @@ def load(module: "GRPOModule", checkpoint: dict[str, Any]) -> None:
                 f"--ckpt_path: {key} is {theirs.get(key)!r} in the checkpoint and {value!r} in this run; "
                 "set it as in the checkpoint"
             )
+    _check_contents(theirs["contents"], _remembered(module, "_contents", of_module))
     module.coefficients.load_state_dict(theirs["coefficients"])
     module.configure_model()
     trained = {f"policy.{name}" for name in module.policy.trainable()}
@@ -52,12 +58,32 @@ def load(module: "GRPOModule", checkpoint: dict[str, Any]) -> None:
         )
     if module._trainer is not None and module.trainer.state.fn == "fit":  # an evaluation may round
         check_saved(checkpoint["state_dict"], module.policy.trainable())
+        take_over_optimizer(module, checkpoint, theirs)
     for name, w in (_reference_weights(module) or {}).items():
         if not theirs["reference"]:
             raise ConfigError(
                 "--ckpt_path: the checkpoint holds no reference policy; set model.loss.kl_coef as it was: 0"
             )
         w.copy_(theirs["reference"][name])
+
+
+def _remembered(module: "GRPOModule", name: str, make: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:
+    """Returns what `make` says of the module, as it was when first asked."""
+    known = module.__dict__
+    if name not in known:
+        known[name] = make(module)
+    return known[name]
+
+
+def _check_contents(theirs: dict[str, str], ours: dict[str, str]) -> None:
+    """Raises ConfigError naming a file of model or tokenizer that is another than in the checkpoint."""
+    for name in sorted(theirs.keys() | ours.keys()):
+        if theirs.get(name) != ours.get(name):
+            state = "missing" if name not in ours else "new" if name not in theirs else "another one"
+            raise ConfigError(
+                f"--ckpt_path: the checkpoint was written over other files: {name} of model.model_name or "
+                f"model.tokenizer is {state} here; give the model that it was trained from"
+            )
 
 
 def _reference_weights(module: "GRPOModule") -> dict[str, Tensor] | None:
@@ -71,7 +97,6 @@ def _reference_weights(module: "GRPOModule") -> dict[str, Tensor] | None:
 def _identity(module: "GRPOModule") -> dict[str, Any]:
     return {
         "format": FORMAT,
-        "model.model_name": module.model_name,
         "model.quantization": module.quantization,
         "model.reference": None if module.reference is None else asdict(module.reference),
         "model.lora": lora_identity(module.lora),

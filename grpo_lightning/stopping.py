@@ -1,7 +1,7 @@
 """Signals that end a run: noted at once, acted on where nothing is lost.
 
-Inside `at_once()` a signal raises `Stopped` immediately: where user code runs, and before training starts. Inside
-`deferred()` it is only noted, and the next `check()` between two chunks of work raises it.
+Inside `at_once()` a signal raises `Stopped` immediately: where user code runs, and before training starts.
+Inside `deferred()` it is only noted, and the next `check()` between two chunks of work raises it.
 """
 
 import os
@@ -60,7 +60,7 @@ _signals = _Signals()
 
 
 def listen() -> None:
-    """Takes the signals over, in `at_once` mode; every call needs its `ignore`. In another thread: nothing."""
+    """Takes the signals over, in `at_once` mode, if this is the main thread; each call needs its `ignore`."""
     if threading.current_thread() is not threading.main_thread():
         return
     _signals.listening += 1

@@ -78,7 +78,7 @@ class RankWatch(Thread):
             signal.pthread_kill(main_thread().ident or 0, signal.SIGTERM)  # as if this rank had been told
 
     def _leave(self, why: str) -> None:
-        """Ends the process unless its main thread does: a collective that waits for a dead rank knows no end."""
+        """Ends the process unless its main thread does: what waits for a dead rank may wait forever."""
         if not self._closed.wait(GRACE):
             print(f"rank {self._rank}: {why}; leaving", file=sys.stderr, flush=True)
             os._exit(1)

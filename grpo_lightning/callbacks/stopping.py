@@ -1,7 +1,7 @@
 """How a run is stopped: all ranks leave together, with one checkpoint of the last completed boundary.
 
-A rollout is abandoned, since the next run makes the same one again. What a checkpoint at that moment would get wrong
-(Lightning has already counted and drawn the batch) is taken from a note made at the end of the last optimizer step.
+A rollout is abandoned, since the next run makes the same one again. What a checkpoint at that moment would
+get wrong (Lightning has counted and drawn the batch) is taken from a note of the last optimizer step's end.
 """
 
 import os
@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.fabric.plugins.environments import SLURMEnvironment
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from torch.distributed import ReduceOp, all_reduce
 
 from grpo_lightning.batch import RolloutBatch
@@ -68,7 +68,7 @@ class Stopping:
         self._first_step = 0
 
     def attach(self, trainer: pl.Trainer) -> None:
-        """Takes the signals over; Lightning's own handlers would wait for the end of a rollout, and exit with 0."""
+        """Takes the signals over; Lightning's handlers would wait for a rollout to end, and exit with 0."""
         if not self._listens:
             listen()
             self._listens = True
@@ -123,7 +123,7 @@ class Stopping:
             raise Stopped(signum)
 
     def evaluate(self, trainer: pl.Trainer, rollout: "RolloutCallback", work: Callable[[], None]) -> None:
-        """Does a batch of validation; with several ranks, which may have fewer batches, all leave at its end."""
+        """Does a batch of validation; several ranks, which may have unequal batches, leave at its end."""
         if trainer.world_size == 1 or self._boundary is None:
             with self.saving(trainer, rollout), at_once():
                 work()
@@ -176,7 +176,7 @@ class Stopping:
         return None if folder is None else Path(folder, FILE)
 
     def _save(self, trainer: pl.Trainer, rollout: "RolloutCallback", path: Path | None) -> Path | None:
-        """Writes the checkpoint of the boundary, on all ranks; returns where, or None if there is no place."""
+        """Writes the checkpoint of the boundary, on all ranks; returns where, or None without a place."""
         at = self._boundary
         if at is None or path is None:
             return None
