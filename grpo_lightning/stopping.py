@@ -14,6 +14,8 @@ from contextlib import AbstractContextManager, contextmanager
 from types import FrameType
 from typing import Any
 
+from grpo_lightning.errors import GRPOError
+
 EXIT_CODES = {signal.SIGTERM: 143, signal.SIGUSR1: 143, signal.SIGINT: 130}
 """what each signal that stops a run makes of it; SLURM announces the end of a job with SIGUSR1"""
 
@@ -151,3 +153,36 @@ def resume_hint(path: object) -> str:
     installed = os.path.basename(sys.argv[0]) == "grpo-lightning"
     own = "grpo-lightning" if installed else f"{sys.executable} -m grpo_lightning"
     return f"{own} {shlex.join([*kept, '--ckpt_path', str(path)])}"
+
+
+@contextmanager
+def exits_named(what: str, kind: type[GRPOError]) -> Iterator[None]:
+    """Turns what would end the process with success, or as if by Ctrl-C, into an error that names the place.
+
+    Args:
+        what: whose code runs.
+        kind: of the error that sys.exit, KeyboardInterrupt, CancelledError and the like become.
+    """
+    try:
+        yield
+    except (Exception, Stopped, GeneratorExit):
+        raise
+    except BaseException as error:
+        # Lightning makes sys.exit(1) of a KeyboardInterrupt.
+        own = error.__context__ if isinstance(error.__context__, KeyboardInterrupt) else error
+        if isinstance(own, KeyboardInterrupt) and not listening():
+            raise
+        raised = f"{type(own).__name__}({', '.join(map(repr, own.args))})"
+        raise kind(
+            f"{what} raised {raised} at {_place(own)}; raise an exception, or return, instead"
+        ) from error
+
+
+def _place(error: BaseException) -> str:
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    if trace is None:
+        return "an unknown place"
+    code = trace.tb_frame.f_code
+    return f"{code.co_filename}:{trace.tb_lineno} ({code.co_name})"
