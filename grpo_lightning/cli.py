@@ -147,13 +147,19 @@ class CLI(LightningCLI):
     def _run_subcommand(self, subcommand: str) -> None:
         """Runs a command once data and options have been checked, before loggers make their folders."""
         with exits_named("user code", GRPOError):
-            self.trainer._data_connector.attach_data(self.model, datamodule=self.datamodule)
-            self.datamodule.setup(subcommand)
-            for callback in self.trainer.callbacks:  # pyright: ignore[reportAttributeAccessIssue]
-                if isinstance(callback, RolloutCallback):
-                    callback.setup(self.trainer, self.model, subcommand)
-            self.model.setup(subcommand)
+            self._check(subcommand)
             super()._run_subcommand(subcommand)
+
+    def _check(self, subcommand: str) -> None:
+        """Does what Lightning does first, and later again, but for the loggers."""
+        trainer: Any = self.trainer
+        trainer.strategy._lightning_module = self.model
+        trainer._data_connector.attach_data(self.model, datamodule=self.datamodule)
+        self.datamodule.setup(subcommand)
+        for callback in trainer.callbacks:
+            if isinstance(callback, RolloutCallback):
+                callback.setup(trainer, self.model, subcommand)
+        self.model.setup(subcommand)
 
     def _parse_ckpt_path(self) -> None:
         """Leaves the command line as it is: Lightning would let the checkpoint's values win."""

@@ -9,10 +9,13 @@ from commands import command, started
 
 MINE = '''
 import asyncio, os, sys, time
+from collections.abc import Sequence
 from pathlib import Path
 from lightning.pytorch.callbacks import Callback
 from grpo_lightning.errors import EngineError
 from grpo_lightning.rollout import HFEngine
+from grpo_lightning.rollout.engine import Request
+from grpo_lightning.samples import Completion, SamplingParams
 
 CALLS = 0
 AT = int(os.environ.get("AT", "0"))
@@ -105,7 +108,7 @@ def seeds(completions, **_):
 class Slow(HFEngine):
     """Hangs where no library looks at a flag."""
 
-    def generate(self, requests, sampling):
+    def generate(self, requests: Sequence[Request], sampling: SamplingParams) -> list[list[Completion]]:
         if now():
             time.sleep(1000)
         return super().generate(requests, sampling)
@@ -114,7 +117,7 @@ class Slow(HFEngine):
 class Long(HFEngine):
     """Decodes on and on."""
 
-    def generate(self, requests, sampling):
+    def generate(self, requests: Sequence[Request], sampling: SamplingParams) -> list[list[Completion]]:
         if now():
             from dataclasses import replace
             sampling = replace(sampling, max_tokens=10**6, temperature=1.0)
@@ -123,7 +126,7 @@ class Long(HFEngine):
 
 
 class Dies(HFEngine):
-    def generate(self, requests, sampling):
+    def generate(self, requests: Sequence[Request], sampling: SamplingParams) -> list[list[Completion]]:
         if now():
             raise EngineError("the engine is dead")
         return super().generate(requests, sampling)
@@ -216,15 +219,17 @@ def begun(folder: Path, *args: str, seconds: float = 120, **environment: str):
     """Starts it, and returns it once it has left its mark."""
     (folder / "here").unlink(missing_ok=True)
     run = started("fit", "--config", "config.yaml", *args, cwd=folder, **environment)
-    wait_for(folder / "here", seconds)
+    wait_for(folder / "here", seconds, folder / ".err")
     return run
 
 
-def wait_for(path: Path, seconds: float = 120) -> str:
+def wait_for(path: Path, seconds: float = 120, said: Path | None = None) -> str:
     """Returns what a file says, once it is there."""
     deadline = time.monotonic() + seconds
     while not path.is_file() or not path.read_text():
-        assert time.monotonic() < deadline, f"{path} did not come"
+        assert time.monotonic() < deadline, said.read_text() if said else f"{path} did not come"
+        if said is not None and said.is_file():
+            assert "\nerror: " not in said.read_text(), said.read_text()
         time.sleep(0.01)
     return path.read_text()
 
