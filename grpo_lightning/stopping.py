@@ -1,7 +1,8 @@
 """Signals that end a run: noted at once, acted on where nothing is lost.
 
 Inside `at_once()` a signal raises `Stopped` immediately: where user code runs, and before training starts.
-Inside `deferred()` it is only noted, and the next `check()` between two chunks of work raises it.
+Inside `deferred()` it is only noted, and the next `check()` between two chunks of work raises it. Outside of
+both it waits for the end of the optimizer step.
 """
 
 import os
@@ -38,6 +39,7 @@ class _Signals:
     def __init__(self) -> None:
         self.received: int | None = None
         self.raises = False
+        self.leavable = 0  # how many blocks around this place a signal may leave
         self.listening = 0
         self.before: dict[int, Any] = {}
         self.command: list[str] | None = None
@@ -68,7 +70,7 @@ def listen() -> None:
     _signals.listening += 1
     if _signals.listening > 1:
         return
-    _signals.received, _signals.raises = None, True
+    _signals.received, _signals.raises, _signals.leavable = None, True, 1
     for signum in EXIT_CODES:
         _signals.before[signum] = signal.signal(signum, _signals.handle)
 
@@ -80,7 +82,7 @@ def ignore() -> None:
     _signals.listening -= 1
     if _signals.listening:
         return
-    _signals.raises = False
+    _signals.raises, _signals.leavable = False, 0
     for signum, before in _signals.before.items():
         signal.signal(signum, before if before is not None else signal.SIG_DFL)
     _signals.before.clear()
@@ -102,19 +104,21 @@ def receive(signum: int) -> None:
 
 
 def check() -> None:
-    """Raises `Stopped` if a signal has come; cheap enough for every decoding step."""
-    if _signals.received is not None and _signals.listening:
+    """Raises `Stopped` if a signal has come and a block of `at_once` is around; cheap enough for a token."""
+    if _signals.received is not None and _signals.leavable:
         raise Stopped(_signals.received)
 
 
 @contextmanager
 def _mode(raises: bool) -> Iterator[None]:
     before, _signals.raises = _signals.raises, raises
+    _signals.leavable += raises
     try:
         if raises:
             check()
         yield
     finally:
+        _signals.leavable -= raises
         _signals.raises = before
 
 
@@ -130,7 +134,7 @@ def deferred() -> AbstractContextManager[None]:
 
 def defer() -> None:
     """From here on a signal waits for the next `check`, or a block of `at_once`."""
-    _signals.raises = False
+    _signals.raises, _signals.leavable = False, 0
 
 
 def set_command(argv: list[str]) -> None:

@@ -204,7 +204,7 @@ def together(trainer: pl.Trainer) -> Iterator[None]:
     try:
         with at_once():
             yield
-        check()
+            check()
     except (Exception, Stopped) as error:
         failure = error
     failed = isinstance(failure, Exception)
