@@ -10,7 +10,7 @@ grpo-lightning {__version__}: GRPO for language models as PyTorch Lightning comp
 usage: grpo-lightning COMMAND [--config FILE ...] [--SECTION.KEY VALUE ...]
 
 commands:
-  fit        train; --ckpt_path last (or a file) goes on where a run stopped
+  fit        train; --ckpt_path last (or a file) goes on where a run stopped, auto also starts
   validate   roll out and score the validation split of a checkpoint
   test       the same for the test split
   predict    the same, and return the completions
@@ -26,7 +26,7 @@ Configs named here are found in the installed package where the working folder h
 
 
 def main(args: list[str] | None = None) -> int:
-    """Runs the command line; returns the exit code: 0 done, 1 fault, 2 usage, 130 interrupted."""
+    """Runs the command line; returns the exit code: 0 done, 1 fault, 2 usage, 130 Ctrl-C, 143 SIGTERM."""
     argv = sys.argv[1:] if args is None else args
     if not argv or argv[0] in ("-h", "--help"):
         print(HELP, end="")

@@ -1,19 +1,22 @@
 """What a checkpoint holds besides Lightning's own state: what trains, and what it belongs to."""
 
+from collections.abc import Callable
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from grpo_lightning.contents import of_module
 from grpo_lightning.errors import ConfigError
 from grpo_lightning.finite import check_loaded_numbers, check_saved_numbers
 from grpo_lightning.lora import lora_identity
+from grpo_lightning.resume import describe, take_over_optimizer
 from grpo_lightning.weight_dtypes import check_saved
 
 if TYPE_CHECKING:
     from grpo_lightning.module import GRPOModule
 
-FORMAT = 3
+FORMAT = 4
 
 
 def save(module: "GRPOModule", checkpoint: dict[str, Any]) -> None:
@@ -24,6 +27,8 @@ def save(module: "GRPOModule", checkpoint: dict[str, Any]) -> None:
     ours.update(
         {
             **_identity(module),
+            **_remembered(module, "_described", describe),
+            "contents": _remembered(module, "_contents", of_module),
             "coefficients": module.coefficients.state_dict(),
             "reference": _reference_weights(module),
             "skipped_steps": module.skipped.state_dict(),
@@ -47,6 +52,7 @@ def load(module: "GRPOModule", checkpoint: dict[str, Any]) -> None:
                 "set it as in the checkpoint"
             )
     check_loaded_numbers(checkpoint["state_dict"])
+    _check_contents(theirs["contents"], _remembered(module, "_contents", of_module))
     module.coefficients.load_state_dict(theirs["coefficients"])
     module.skipped.load_state_dict(theirs.get("skipped_steps", module.skipped.state_dict()))
     module.configure_model()
@@ -57,12 +63,32 @@ def load(module: "GRPOModule", checkpoint: dict[str, Any]) -> None:
         )
     if module._trainer is not None and module.trainer.state.fn == "fit":  # an evaluation may round
         check_saved(checkpoint["state_dict"], module.policy.trainable())
+        take_over_optimizer(module, checkpoint, theirs)
     for name, w in (_reference_weights(module) or {}).items():
         if not theirs["reference"]:
             raise ConfigError(
                 "--ckpt_path: the checkpoint holds no reference policy; set model.loss.kl_coef as it was: 0"
             )
         w.copy_(theirs["reference"][name])
+
+
+def _remembered(module: "GRPOModule", name: str, make: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:
+    """Returns what `make` says of the module, as it was when first asked."""
+    known = module.__dict__
+    if name not in known:
+        known[name] = make(module)
+    return known[name]
+
+
+def _check_contents(theirs: dict[str, str], ours: dict[str, str]) -> None:
+    """Raises ConfigError naming a file of model or tokenizer that is another than in the checkpoint."""
+    for name in sorted(theirs.keys() | ours.keys()):
+        if theirs.get(name) != ours.get(name):
+            state = "missing" if name not in ours else "new" if name not in theirs else "another one"
+            raise ConfigError(
+                f"--ckpt_path: the checkpoint was written over other files: {name} of model.model_name or "
+                f"model.tokenizer is {state} here; give the model that it was trained from"
+            )
 
 
 def _reference_weights(module: "GRPOModule") -> dict[str, Tensor] | None:
@@ -76,7 +102,6 @@ def _reference_weights(module: "GRPOModule") -> dict[str, Tensor] | None:
 def _identity(module: "GRPOModule") -> dict[str, Any]:
     return {
         "format": FORMAT,
-        "model.model_name": module.model_name,
         "model.quantization": module.quantization,
         "model.reference": None if module.reference is None else asdict(module.reference),
         "model.lora": lora_identity(module.lora),

@@ -2,8 +2,10 @@
 
 import difflib
 import logging
+import os
 import re
 import sys
+import threading
 import warnings
 from collections.abc import Iterator
 from difflib import get_close_matches
@@ -21,6 +23,7 @@ from grpo_lightning.data.datamodule import PromptDataModule
 from grpo_lightning.errors import ConfigError, GRPOError, choices
 from grpo_lightning.module import GRPOModule
 from grpo_lightning.options import explain
+from grpo_lightning.stopping import Stopped, exits_named, ignore, listen, set_command
 
 TRAINER_DEFAULTS: dict[str, Any] = {
     "trainer.gradient_clip_val": 1.0,
@@ -31,6 +34,8 @@ TRAINER_DEFAULTS: dict[str, Any] = {
 }
 
 
+LINGER = 10.0
+"""seconds that a stopped process has for what runs at exit"""
 ENGINES = ("HFEngine", "ReplayEngine", "VLLMEngine")
 
 
@@ -86,12 +91,15 @@ class SaveConfig(SaveConfigCallback):
         self.text = parser.dump(config, skip_none=False)
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Does nothing yet: a run that is refused writes nothing."""
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Never overwrites the config of an earlier run in the same folder."""
         folder = Path(trainer.log_dir or trainer.default_root_dir)
         resumes = len(list(folder.glob("config*.yaml")))
         if resumes:
             self.config_filename = f"config-resume-{resumes}.yaml"
-        super().setup(trainer, pl_module, stage)
+        super().setup(trainer, pl_module, "fit")
 
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
@@ -126,6 +134,33 @@ class CLI(LightningCLI):
         """Returns the commands; just the one that is called for, since building a parser takes a while."""
         every = LightningCLI.subcommands()
         return {k: v for k, v in every.items() if k in sys.argv[1:2]} or every
+
+    def instantiate_classes(self) -> None:
+        """Makes model, data and callbacks; a constructor that exits does not end the run in silence."""
+        try:
+            super().instantiate_classes()
+        except SystemExit as error:
+            if error.code:  # the parser's own, with its message
+                raise
+            with exits_named("a class that the config names", GRPOError):
+                raise
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        """Runs a command once data and options have been checked, before loggers make their folders."""
+        with exits_named("user code", GRPOError):
+            self._check(subcommand)
+            super()._run_subcommand(subcommand)
+
+    def _check(self, subcommand: str) -> None:
+        """Does what Lightning does first, and later again, but for the loggers."""
+        trainer: Any = self.trainer
+        trainer.strategy._lightning_module = self.model
+        trainer._data_connector.attach_data(self.model, datamodule=self.datamodule)
+        self.datamodule.setup(subcommand)
+        for callback in trainer.callbacks:
+            if isinstance(callback, RolloutCallback):
+                callback.setup(trainer, self.model, subcommand)
+        self.model.setup(subcommand)
 
     def _parse_ckpt_path(self) -> None:
         """Leaves the command line as it is: Lightning would let the checkpoint's values win."""
@@ -164,6 +199,8 @@ def run(argv: list[str]) -> int:
     # warns.
     jsonargparse.set_parsing_settings(import_path_denylist=[])
     sys.path.insert(0, "") if "" not in sys.path else None
+    set_command(argv)
+    listen()
     try:
         sys.argv[1:] = find_configs(argv)
         CLI(
@@ -176,13 +213,25 @@ def run(argv: list[str]) -> int:
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,
         )
+    except Stopped as stopped:
+        _leave_soon(int(stopped.code or 1))
+        return int(stopped.code or 1)
     except Exception as error:
         ours = _ours(error)
         if ours is None:
             raise
         print(f"error: {ours}", file=sys.stderr)
         return 2 if isinstance(ours, ConfigError) else 1
+    finally:
+        ignore()
     return 0
+
+
+def _leave_soon(code: int) -> None:
+    """Ends the process with `code` even if a thread of a reward function, which nothing can end, goes on."""
+    last = threading.Timer(LINGER, os._exit, (code,))
+    last.daemon = True
+    last.start()
 
 
 def _ours(error: BaseException | None) -> GRPOError | None:

@@ -6,7 +6,6 @@ from dataclasses import replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal, cast
 
-import lightning.pytorch as pl
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.utilities import rank_zero_warn
@@ -26,6 +25,7 @@ from grpo_lightning.models import named, resolve_model
 from grpo_lightning.ops import policy_loss
 from grpo_lightning.probe import settle_forward
 from grpo_lightning.reference import ReferenceConfig
+from grpo_lightning.resume import AsksForCheckpoints
 from grpo_lightning.samples import PromptBatch
 from grpo_lightning.stats import Stat, combine, values
 from grpo_lightning.verification import check_totals, engine_gap, first_step_distance, rollout_stats
@@ -39,7 +39,7 @@ def _adamw(params: Any) -> torch.optim.Optimizer:
     return torch.optim.AdamW(params, lr=1e-6, weight_decay=0.0)
 
 
-class GRPOModule(pl.LightningModule):
+class GRPOModule(AsksForCheckpoints):
     """Trains a causal language model on rollouts.
 
     A batch is a `PromptBatch` into which a callback has put a `RolloutBatch`, or one of the parts that

@@ -35,4 +35,6 @@ class WarmupCosine(LambdaLR):
             done = min((step - warmup_steps) / (total_steps - warmup_steps), 1.0)
             return final_ratio + (1 - final_ratio) * 0.5 * (1 + math.cos(math.pi * done))
 
+        # In the state, so that a resume sees what has changed.
+        self.total_steps, self.warmup_steps, self.final_ratio = total_steps, warmup_steps, final_ratio
         super().__init__(optimizer, ratio)

@@ -1,7 +1,9 @@
 """`grpo-lightning` as a process of its own, forked from one that has imported what takes seconds."""
 
+import ctypes
 import json
 import os
+import signal
 import subprocess
 import sys
 import traceback
@@ -18,13 +20,33 @@ class Ended(NamedTuple):
     err: str
 
 
-def command(*args: str, cwd: Path) -> Ended:
-    """Runs `grpo-lightning ARGS` in `cwd`, offline and without a GPU."""
-    out, err = cwd / ".out", cwd / ".err"
+class Running(NamedTuple):
+    """A command on its way; `pid` takes signals."""
+
+    pid: int
+    cwd: Path
+
+    def wait(self) -> Ended:
+        """Returns how it ends."""
+        code = _answer("wait", self.pid)
+        return Ended(code, (self.cwd / ".out").read_text(), (self.cwd / ".err").read_text())
+
+
+def started(*args: str, cwd: Path, **environment: str) -> Running:
+    """Starts `grpo-lightning ARGS` in `cwd`, offline and without a GPU."""
+    files = [str(cwd / ".out"), str(cwd / ".err")]
+    return Running(_answer("start", args, str(cwd), environment, *files), cwd)
+
+
+def command(*args: str, cwd: Path, **environment: str) -> Ended:
+    """Runs it to its end."""
+    return started(*args, cwd=cwd, **environment).wait()
+
+
+def _answer(*request: Any) -> int:
     server = _server()
-    print(json.dumps([args, str(cwd), str(out), str(err)]), file=server.stdin, flush=True)
-    code = int(server.stdout.readline())
-    return Ended(code, out.read_text(), err.read_text())
+    print(json.dumps(request), file=server.stdin, flush=True)
+    return int(server.stdout.readline())
 
 
 @cache
@@ -37,16 +59,24 @@ def _server() -> Any:
 
 
 def _serve() -> None:
-    """Forks for each line of the input; answers with exit codes."""
+    """Forks where a line of the input says so, and answers with a pid; else with an exit code."""
     del sys.path[0]  # this folder
     import grpo_lightning.cli  # noqa: F401
     from grpo_lightning.__main__ import main
 
     for line in sys.stdin:
-        args, cwd, *files = json.loads(line)
+        what, args, *rest = json.loads(line)
+        if what == "wait":
+            print(os.waitstatus_to_exitcode(os.waitpid(args, 0)[1]), flush=True)
+            continue
+        cwd, environment, *files = rest
         child = os.fork()
         if child == 0:
+            ctypes.CDLL(None).prctl(
+                1, signal.SIGKILL
+            )  # ends with the server: a test that fails leaves nothing
             os.chdir(cwd)
+            os.environ.update(environment)
             for number, file in enumerate(files, start=1):
                 os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
             code = 1
@@ -59,7 +89,7 @@ def _serve() -> None:
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(code)
-        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+        print(child, flush=True)
 
 
 if __name__ == "__main__":

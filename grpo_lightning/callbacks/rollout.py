@@ -19,15 +19,13 @@ from grpo_lightning.callbacks.plan import print_plan
 from grpo_lightning.callbacks.policy_check import PolicyCheck
 from grpo_lightning.callbacks.rollout_metrics import RolloutMetrics
 from grpo_lightning.callbacks.state import batch_state, restore
+from grpo_lightning.callbacks.stopping import Stopping, together
 from grpo_lightning.callbacks.surroundings import (
-    check_accumulation,
     check_batch,
-    check_columns,
-    check_context,
     check_counts,
     check_epoch,
-    check_loss,
     check_sampling,
+    check_setup,
     profiled,
     run_seed,
     start_engine,
@@ -45,6 +43,7 @@ from grpo_lightning.rollout.process_guard import random_state
 from grpo_lightning.rollout.recording import record
 from grpo_lightning.samples import PromptBatch, SamplingParams
 from grpo_lightning.stats import mean_of
+from grpo_lightning.stopping import at_once
 
 RewardSpec = str | dict[str, Any]
 
@@ -116,12 +115,12 @@ class RolloutCallback(Callback):
         self.advantage, self.advantage_clip = advantage, advantage_clip
         self.mask_truncated_completions = mask_truncated_completions
         self.zero_variance_groups = zero_variance_groups
-        self.validation, self.seed = validation, seed
+        self.validation, self.seed, self._given_seed = validation, seed, seed
         self.policy_check = PolicyCheck(on_policy_mismatch)
         self.record_to = None if record_to is None else Path(record_to)
         self._parts: list[RolloutBatch] = []
         self._samples: dict[str, list[Any]] | None = None
-        self._clock, self._started = Clock(), False
+        self._clock, self._started, self._stopping = Clock(), False, Stopping()
         self._restored: dict[str, Any] | None = None
         self._evaluation = Evaluation(self.validation, self.rewards.names)
         self._metrics = RolloutMetrics(self._clock, self._evaluation.logged)
@@ -136,31 +135,26 @@ class RolloutCallback(Callback):
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Checks, before weights are loaded, that options, data and model fit together."""
+        self._stopping.attach(trainer)
+        self.seed = run_seed(self._given_seed)  # once: what a reward seeds later on is not the run's
+        check_setup(self, trainer, pl_module)
         guard_folders(trainer, stage)
-        check_accumulation(trainer)
-        check_micro_batches(self.micro_batches, trainer.accumulate_grad_batches)
-        loss = getattr(pl_module, "loss", None)
-        if isinstance(loss, LossConfig):
-            check_loss(loss, self.sampling, self._advantage_of(loss))
-        for key, sampling in (("sampling", self.sampling), ("validation.sampling", self.validation.sampling)):
-            if sampling is not None:
-                check_context(trainer, pl_module, f"rollout.{key}", sampling)
-        check_columns(trainer, self.rewards)
 
     def _start(self, trainer: pl.Trainer, module: Any) -> None:
-        if self._started:
-            return
-        start_engine(self.engine, trainer, module, self.sampling, self.validation.sampling)
+        if not self._started:
+            start_engine(self.engine, trainer, module, self.sampling, self.validation.sampling)
         self._started = True
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Ends the engine."""
+        self._stopping.end()
         if self._started:
             self.engine.close()
             self._started = False
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: Any) -> None:
         """Ends the engine: Lightning calls no teardown after an error, and its memory would stay taken."""
+        self._stopping.on_exception(trainer, exception)
         self.teardown(trainer, pl_module, "")
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -173,6 +167,7 @@ class RolloutCallback(Callback):
             self._metrics.num_tokens = self._restored["num_tokens"]
             self._parts = restore(self._restored, trainer.global_rank, trainer.world_size)
             self._restored = None
+        self._stopping.begin(trainer, self)
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Validates before the first step, once all callbacks have started."""
@@ -185,9 +180,11 @@ class RolloutCallback(Callback):
         """Puts this micro-batch's part of the rollout into `batch`; the first part makes the rollout."""
         check_batch(batch)
         if batch.part % trainer.accumulate_grad_batches == 0:
-            self._clock.begin_step()
-        if batch.part == 0:
-            self._parts = self._roll(trainer, pl_module, batch)
+            with self._stopping.saving(trainer, self):
+                self._stopping.agree(trainer)
+                self._clock.begin_step()
+                if batch.part == 0:
+                    self._parts = self._roll(trainer, pl_module, batch)
         first = batch.part - batch.part % trainer.accumulate_grad_batches
         self.policy_check.parts = self._parts[first : batch.part + 1]
         self.cutter.begin(self._parts[batch.part])
@@ -210,6 +207,8 @@ class RolloutCallback(Callback):
         if batch.part + 1 == batch.parts:
             log_numbers(pl_module, self._clock.end_rollout(), shown=("tokens_per_second",))
             self._parts = []
+        if ends_step:
+            self._stopping.note(trainer, self)
 
     def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: Any, optimizer: Any) -> None:
         """Stops a run whose engine samples from another policy than trains, before a weight changes."""
@@ -248,6 +247,7 @@ class RolloutCallback(Callback):
             mask_truncated=self.mask_truncated_completions,
             by_group=self.overlap_rewards or self.dynamic_sampling > 0,
             phase=partial(profiled, trainer),
+            alone=partial(together, trainer),
         )
         return replace(made, **changes)
 
@@ -266,8 +266,8 @@ class RolloutCallback(Callback):
         """Returns a rollout with the sampling of validation; training state is left as it is."""
         self._start(trainer, module)
         sampling = self.validation.sampling or replace(self.sampling, temperature=0.0)
-        count = self.validation.num_generations
-        own = {"sampling": sampling, "num_generations": count, "by_group": False, "all_ranks": False}
+        own = {"sampling": sampling, "num_generations": self.validation.num_generations}
+        own |= {"by_group": False, "all_ranks": False, "alone": at_once}
         collector = self.collector(trainer, module, **own)
         batch.rollout_index = -1
         rollout = self._collect(collector, batch, trainer, module)
@@ -283,10 +283,12 @@ class RolloutCallback(Callback):
         dataloader_idx: int = 0,
     ) -> None:
         """Samples and scores a validation batch."""
-        self._evaluation.update(self.evaluate(trainer, pl_module, batch))
+        evaluate = partial(self.evaluate, trainer, pl_module, batch)
+        self._stopping.evaluate(trainer, self, lambda: self._evaluation.update(evaluate()))
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Logs val/reward, val/pass@1 and the means of the reward functions, over all ranks."""
+        self._stopping.after_evaluation(trainer, self)
         self.engine.sleep()
         self._evaluation.log(trainer, pl_module, "val")
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from time import perf_counter
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
 import torch
@@ -14,12 +14,16 @@ from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.utilities import rank_zero_warn
 
 from grpo_lightning.advantages import ADVANTAGES
+from grpo_lightning.callbacks.memory import check_micro_batches
 from grpo_lightning.errors import ConfigError, choices
 from grpo_lightning.losses import LossConfig
 from grpo_lightning.ranges import check_numbers
 from grpo_lightning.rewards.suite import Rewards
 from grpo_lightning.rollout.engine import EngineContext, RolloutEngine
 from grpo_lightning.samples import PromptBatch, SamplingParams
+
+if TYPE_CHECKING:
+    from grpo_lightning.callbacks.rollout import RolloutCallback
 
 
 def longest_prompt(trainer: pl.Trainer) -> int:
@@ -166,6 +170,22 @@ def check_batch(batch: Any) -> None:
             f"RolloutCallback got a {type(batch).__name__} from the train loader; use PromptDataModule, "
             "or a loader that yields PromptBatch"
         )
+
+
+def check_setup(settings: "RolloutCallback", trainer: pl.Trainer, module: Any) -> None:
+    """Raises ConfigError unless options, data and model fit together; before weights are loaded."""
+    check_accumulation(trainer)
+    check_micro_batches(settings.micro_batches, trainer.accumulate_grad_batches)
+    loss = getattr(module, "loss", None)
+    if isinstance(loss, LossConfig):
+        check_loss(loss, settings.sampling, settings._advantage_of(loss))
+    every = {"sampling": settings.sampling, "validation.sampling": settings.validation.sampling}
+    for key, sampling in every.items():
+        if sampling is not None:
+            check_context(trainer, module, f"rollout.{key}", sampling)
+    columns = getattr(getattr(trainer, "datamodule", None), "columns_of_prompts", None)
+    if columns is not None:
+        settings.rewards.check_columns(columns)
 
 
 def check_accumulation(trainer: pl.Trainer) -> None:

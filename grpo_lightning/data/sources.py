@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from grpo_lightning.data.files import ENDINGS, Row, check_exists, is_file, read_files, stream_files
 from grpo_lightning.errors import ConfigError, DataError, choices
 from grpo_lightning.importing import import_object
+from grpo_lightning.stopping import exits_named
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
@@ -186,7 +187,8 @@ def _load_python(source: Source) -> "Rows | IterableDataset":
     if source.streaming:
         return _as_stream(partial(function, **source.dataset_kwargs))
     try:
-        return list(function(**source.dataset_kwargs))
+        with exits_named(f"data.dataset={source.dataset!r}", DataError):
+            return list(function(**source.dataset_kwargs))
     except TypeError as error:
         raise ConfigError(
             f"data.dataset={source.dataset!r} with data.dataset_kwargs={dict(source.dataset_kwargs)}: {error}"

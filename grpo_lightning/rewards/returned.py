@@ -1,5 +1,6 @@
 """Checks what a reward function returns, and shows the sample on which it fails."""
 
+import asyncio
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -8,6 +9,7 @@ from numbers import Real
 from typing import Any
 
 from grpo_lightning.errors import ConfigError, RewardError
+from grpo_lightning.stopping import Stopped, listening
 
 LARGEST = 3e38
 """magnitude of rewards, which training keeps in float32; their squares fit into float64 many times over"""
@@ -40,17 +42,31 @@ class Samples:
 def failures_named(name: str, samples: Samples) -> Iterator[None]:
     """Turns an exception of the reward function `name` into a RewardError that shows the call's first sample.
 
-    A ConfigError passes: it says already what to change.
+    Among them what would end the process with exit code 0, or as if by Ctrl-C: sys.exit, KeyboardInterrupt. A
+    ConfigError passes: it says already what to change; a real signal does too.
     """
     try:
         yield
-    except ConfigError:
+    except (ConfigError, Stopped, GeneratorExit):
         raise
-    except Exception as error:
+    except BaseException as error:
+        if _is_the_runs_own(error):
+            raise
         raise RewardError(
             f"reward function {name!r} raised {type(error).__name__}: {error}\n"
             f"The call was for {len(samples.completions)} completions; this is the first:{samples.show(0)}"
         ) from error
+
+
+def _is_the_runs_own(error: BaseException) -> bool:
+    """Whether a reward function did not raise it: a real Ctrl-C, or a task that is being cancelled."""
+    if isinstance(error, asyncio.CancelledError):
+        try:
+            task = asyncio.current_task()
+        except RuntimeError:  # no loop: a plain function raised it
+            return False
+        return task is not None and task.cancelling() > 0
+    return isinstance(error, KeyboardInterrupt) and not listening()
 
 
 def as_floats(name: str, returned: object, samples: Samples) -> list[float]:

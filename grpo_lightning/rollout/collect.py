@@ -22,6 +22,7 @@ from grpo_lightning.samples import Completion, PromptBatch, SamplingParams
 from grpo_lightning.stats import Stat, extreme, mean_of
 
 Phase = Callable[[str], AbstractContextManager[Any]]
+Alone = Callable[[], AbstractContextManager[Any]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,6 +66,7 @@ class Collector:
         by_group: rewards are called group by group, beside decoding; groups without signal make way for the
             prompts' spares.
         phase: context manager around each phase, for profilers.
+        alone: context manager around what a rank does without the others: sampling and rewards.
         all_ranks: advantages look at the rewards of all ranks; not in evaluation, where one rank may have
             fewer batches than another.
     """
@@ -80,6 +82,7 @@ class Collector:
     mask_truncated: bool = False
     by_group: bool = False
     phase: Phase = lambda name: nullcontext()
+    alone: Alone = nullcontext
     all_ranks: bool = True
 
     def collect(
@@ -108,10 +111,11 @@ class Collector:
             )
         seconds = dict(seconds or {})
         replaced = 0
-        if self.by_group and len(prompts):
-            prompts, done, replaced = self._group_by_group(prompts, trainer_state, seconds)
-        else:
-            done = self._all_at_once(prompts, trainer_state, seconds)
+        with self.alone():
+            if self.by_group and len(prompts):
+                prompts, done, replaced = self._group_by_group(prompts, trainer_state, seconds)
+            else:
+                done = self._all_at_once(prompts, trainer_state, seconds)
         requests, completions, texts, scores = done
         if [len(c) for c in completions] != [len(r.seeds) for r in requests]:
             raise EngineError(f"{describe(self.engine)} returned {[len(c) for c in completions]} completions")

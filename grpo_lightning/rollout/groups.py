@@ -5,10 +5,12 @@ seed and rollout, so a rollout does not depend on which group happens to end fir
 """
 
 from collections.abc import Callable
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass, field
+from functools import partial
 
 from grpo_lightning.rewards.suite import Scores
+from grpo_lightning.rollout.background import Background
 from grpo_lightning.rollout.engine import Request
 from grpo_lightning.rollout.session import Session
 from grpo_lightning.samples import Completion, PromptBatch
@@ -65,27 +67,30 @@ def fill(
             of_request[id(place.request)] = place
         session.add([p.request for p in asked if p.request is not None])
 
-    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="rewards") as pool:
-        try:
-            request(places)
-            while session.busy or waiting:
-                for asked, completions in session.step() if session.busy else ():
-                    place = of_request.pop(id(asked))
-                    place.completions = completions
-                    waiting[pool.submit(score, place.prompt, completions)] = place
-                done, _ = wait(waiting, 0 if session.busy else None, FIRST_COMPLETED)
-                again: list[Place] = []
-                for future in done:
-                    place = waiting.pop(future)
-                    place.texts, place.scores = future.result()
-                    if place.has_another and silent(place):
-                        place.tried += 1
-                        again.append(place)
-                replaced += len(again)
-                if again:
-                    request(again)
-        except BaseException:
-            session.abort()
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+    rewards = Background("rewards")
+    try:
+        request(places)
+        while session.busy or waiting:
+            for asked, completions in session.step() if session.busy else ():
+                place = of_request.pop(id(asked))
+                place.completions = completions
+                waiting[rewards.submit(partial(score, place.prompt, completions))] = place
+            done, _ = wait(waiting, 0 if session.busy else None, FIRST_COMPLETED)
+            again: list[Place] = []
+            for future in done:
+                place = waiting.pop(future)
+                place.texts, place.scores = future.result()
+                if place.has_another and silent(place):
+                    place.tried += 1
+                    again.append(place)
+            replaced += len(again)
+            if again:
+                request(again)
+    except BaseException:
+        session.abort()
+        for future in waiting:
+            future.cancel()
+        raise
+    finally:
+        rewards.close()
     return replaced

@@ -16,6 +16,7 @@ from grpo_lightning.probe import alone, rounding, said, tokens
 from grpo_lightning.rollout.engine import EngineContext, Request
 from grpo_lightning.rollout.sampling import choose, uniforms
 from grpo_lightning.samples import Completion, SamplingParams
+from grpo_lightning.stopping import check, deferred
 
 
 class Way(NamedTuple):
@@ -83,8 +84,9 @@ class HFEngine:
         """
         if self._policy is None:
             raise EngineError("HFEngine has no policy yet: call sync(policy, version) before generate")
-        self._way = self._way or right_way(self._policy)
-        return _decoded(self._policy, requests, sampling, self._way, self.batch_size)
+        with deferred():  # left between two tokens, so that the policy is as it was
+            self._way = self._way or right_way(self._policy)
+            return _decoded(self._policy, requests, sampling, self._way, self.batch_size)
 
 
 def not_finite(model: Any) -> str:
@@ -220,6 +222,7 @@ class _Decoder:
         self._select(spread)
         seen = self._seen(logits)
         for position in range(self.sampling.max_tokens):
+            check()
             u = torch.tensor(
                 uniforms([self.seeds[r] for r in self.rows], position),
                 dtype=torch.float64,

@@ -7,6 +7,7 @@ from typing import Any
 from grpo_lightning.rollout.engine import Request
 from grpo_lightning.rollout.session import Ended
 from grpo_lightning.samples import Completion
+from grpo_lightning.stopping import check, deferred
 
 
 class VLLMSession:
@@ -40,7 +41,7 @@ class VLLMSession:
         """Lets `requests` join; all are looked at before the first does."""
         for request in requests:
             self._check(request)
-        with self._guarded("take a request"):
+        with self._guarded("take a request"), deferred():
             for request in requests:
                 group = len(self._groups)
                 self._groups.append((request, [None] * len(request.seeds)))
@@ -54,8 +55,9 @@ class VLLMSession:
     def step(self) -> list[Ended]:
         """Decodes until a group has ended; returns those that have."""
         ended: list[Ended] = []
-        with self._guarded("generate"):
+        with self._guarded("generate"), deferred():
             while self._places and not ended:
+                check()
                 for output in self._engine.step():
                     if output.finished:
                         group, i = self._places.pop(output.request_id)

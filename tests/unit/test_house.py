@@ -11,18 +11,29 @@ import pytest
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "grpo_lightning"
 FLOORS = [  # from the ground up; a module may import its own floor's neighbours below it, never above
+<<<<<<< HEAD
     ("errors", "ranges", "packing", "samples", "sealed", "atomic", "batch", "stats", "importing", "options", "_lazy"),
+=======
+    ("errors", "packing", "samples", "batch", "stats", "importing", "options", "_lazy",
+     "stopping"),
+>>>>>>> wp-resume
     ("losses", "advantages"),
     ("ops",),
-    ("models", "layouts", "reference", "lora", "weight_dtypes", "lora_layers", "attention_layers", "exchange",
+    ("models", "contents", "layouts",
+     "reference", "lora", "weight_dtypes", "lora_layers", "attention_layers", "exchange",
      "kernels", "graphs", "dropout", "logit_changes", "rope", "policy", "probe", "rounding",
      "loading", "data", "rewards", "rollout.engine", "rollout.sampling", "rollout.hf",
-     "rollout.recording", "rollout.process_guard", "rollout.weights", "rollout.session", "rollout.vllm",
+     "rollout.recording", "rollout.process_guard", "rollout.weights", "rollout.session", "rollout.background",
+     "rollout.vllm",
      "rollout.vllm_session", "rollout.vllm_compat", "rollout.vllm_adapter", "rollout.shared_base",
      "rollout.update_share",
      "rollout.vllm_options", "schedulers"),
     ("metrics", "rollout.collect", "rollout"),
+<<<<<<< HEAD
     ("module", "finite", "checkpoint", "verification", "callbacks"),
+=======
+    ("module", "checkpoint", "resume", "verification", "callbacks"),
+>>>>>>> wp-resume
     ("cli", "__main__"),
 ]  # fmt: skip
 
