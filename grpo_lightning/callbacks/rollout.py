@@ -10,7 +10,6 @@ import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
 
 from grpo_lightning.batch import RolloutBatch
-from grpo_lightning.callbacks.checkpoint import guard_folders
 from grpo_lightning.callbacks.clock import Clock
 from grpo_lightning.callbacks.evaluation import Evaluation, ValidationConfig, validate_before_training
 from grpo_lightning.callbacks.memory import Cutter, check_micro_batches
@@ -137,8 +136,7 @@ class RolloutCallback(Callback):
         """Checks, before weights are loaded, that options, data and model fit together."""
         self._stopping.attach(trainer)
         self.seed = run_seed(self._given_seed)  # once: what a reward seeds later on is not the run's
-        check_setup(self, trainer, pl_module)
-        guard_folders(trainer, stage)
+        check_setup(self, trainer, pl_module, stage)
 
     def _start(self, trainer: pl.Trainer, module: Any) -> None:
         if not self._started:

@@ -14,6 +14,7 @@ from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.utilities import rank_zero_warn
 
 from grpo_lightning.advantages import ADVANTAGES
+from grpo_lightning.callbacks.checkpoint import guard_folders
 from grpo_lightning.callbacks.memory import check_micro_batches
 from grpo_lightning.errors import ConfigError, choices
 from grpo_lightning.losses import LossConfig
@@ -172,8 +173,8 @@ def check_batch(batch: Any) -> None:
         )
 
 
-def check_setup(settings: "RolloutCallback", trainer: pl.Trainer, module: Any) -> None:
-    """Raises ConfigError unless options, data and model fit together; before weights are loaded."""
+def check_setup(settings: "RolloutCallback", trainer: pl.Trainer, module: Any, stage: str) -> None:
+    """Raises GRPOError unless options, data, model and folders fit together; before weights are loaded."""
     check_accumulation(trainer)
     check_micro_batches(settings.micro_batches, trainer.accumulate_grad_batches)
     loss = getattr(module, "loss", None)
@@ -183,9 +184,8 @@ def check_setup(settings: "RolloutCallback", trainer: pl.Trainer, module: Any) -
     for key, sampling in every.items():
         if sampling is not None:
             check_context(trainer, module, f"rollout.{key}", sampling)
-    columns = getattr(getattr(trainer, "datamodule", None), "columns_of_prompts", None)
-    if columns is not None:
-        settings.rewards.check_columns(columns)
+    check_columns(trainer, settings.rewards)
+    guard_folders(trainer, stage)
 
 
 def check_accumulation(trainer: pl.Trainer) -> None:
