@@ -12,6 +12,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from grpo_lightning.errors import ConfigError, EngineError, choices
 from grpo_lightning.policy import Policy
+from grpo_lightning.ranges import check_numbers
 from grpo_lightning.rollout.engine import EngineContext, Request
 from grpo_lightning.rollout.process_guard import process_kept, random_kept
 from grpo_lightning.rollout.session import Session
@@ -90,12 +91,15 @@ class VLLMEngine:
                 'pip install "grpo-lightning[vllm]", or use grpo_lightning.rollout.HFEngine'
             )
         check_version()
-        if not 0 < gpu_memory_utilization <= 1:
-            raise ConfigError(
-                f"rollout.engine.gpu_memory_utilization is {gpu_memory_utilization}; it must be in (0, 1]"
-            )
-        if max_num_seqs < 1:
-            raise ConfigError(f"rollout.engine.max_num_seqs is {max_num_seqs}; it must be at least 1")
+        sizes = {
+            "gpu_memory_utilization": gpu_memory_utilization,
+            "max_num_seqs": max_num_seqs,
+            "kv_cache_memory_bytes": kv_cache_memory_bytes,
+            "max_model_len": max_model_len,
+        }
+        bounds = [(key, value is None or value >= 1, "at least 1") for key, value in list(sizes.items())[1:]]
+        share = ("gpu_memory_utilization", 0 < gpu_memory_utilization <= 1, "in (0, 1]")
+        check_numbers("rollout.engine", sizes, [share, *bounds])
         sleep = {True: "auto", False: "off"}.get(sleep, sleep) if isinstance(sleep, bool) else sleep
         if sleep not in SLEEPS:
             raise ConfigError(f"rollout.engine.sleep is {choices(sleep, SLEEPS)}")

@@ -12,6 +12,7 @@ from tiny import tiny_tokenizer
 
 from grpo_lightning.errors import ConfigError, EngineError
 from grpo_lightning.rollout import EngineContext, VLLMEngine
+from grpo_lightning.rollout.checks import bad_logprobs
 from grpo_lightning.samples import SamplingParams
 
 pytestmark = pytest.mark.vllm
@@ -187,3 +188,24 @@ def test_an_engine_that_cannot_be_woken_is_closed_all_the_same(folder, monkeypat
         engine.close()
     assert engine._llm is None
     assert not engine._asleep
+
+
+def test_logits_that_are_not_finite_do_not_pass_for_tokens(folder):
+    """vLLM draws token 0 from them, and says nan of it."""
+    policy = make_policy(folder)
+    engine = start(policy, folder)
+    try:
+        for version, size in enumerate((0.15, 1e25)):
+            with torch.no_grad():
+                for p in policy.trainable().values():
+                    p.fill_(size)  # finite, and in the forward it overflows
+            engine.sync(policy, version)
+            for options in ({}, {"temperature": 0.0}, {"top_k": 3}, {"top_p": 0.5}, {"min_p": 0.5}):
+                out = engine.generate(ask(), SamplingParams(max_tokens=4, **options))
+                error = bad_logprobs(engine, ask(), out)
+                if version == 0:
+                    assert error is None
+                else:
+                    assert "VLLMEngine reports nan as the log-probability of token 0" in str(error)
+    finally:
+        engine.close()
