@@ -295,7 +295,7 @@ def test_a_save_while_the_engine_sleeps(model_folder, tmp_path, lora):
 
 
 def test_nothing_is_saved_in_the_middle_of_an_optimizer_step(model_folder, tmp_path):
-    """Lightning does after the first micro-batch of a resume, by its clock, and after validation."""
+    """Lightning does at the first micro-batch after a resume, by its clock, and after a validation."""
 
     def run(name, path=None, **when):
         saver = ModelCheckpoint(tmp_path / name, filename="{step}", save_top_k=-1, save_last=True, **when)
