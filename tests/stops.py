@@ -131,7 +131,7 @@ class Dies(HFEngine):
             raise EngineError("the engine is dead")
         return super().generate(requests, sampling)
 
-    def close(self):
+    def close(self) -> None:
         Path("closed").touch()
         super().close()
 
