@@ -11,12 +11,8 @@ import pytest
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "grpo_lightning"
 FLOORS = [  # from the ground up; a module may import its own floor's neighbours below it, never above
-<<<<<<< HEAD
-    ("errors", "ranges", "packing", "samples", "sealed", "atomic", "batch", "stats", "importing", "options", "_lazy"),
-=======
-    ("errors", "packing", "samples", "batch", "stats", "importing", "options", "_lazy",
-     "stopping"),
->>>>>>> wp-resume
+    ("errors", "ranges", "packing", "samples", "sealed", "atomic", "batch", "stats", "importing", "import_rules",
+     "untrusted", "yaml_text", "credentials", "options", "_lazy", "stopping"),
     ("losses", "advantages"),
     ("ops",),
     ("models", "contents", "layouts",
@@ -29,11 +25,7 @@ FLOORS = [  # from the ground up; a module may import its own floor's neighbours
      "rollout.update_share",
      "rollout.vllm_options", "schedulers"),
     ("metrics", "rollout.collect", "rollout"),
-<<<<<<< HEAD
-    ("module", "finite", "checkpoint", "verification", "callbacks"),
-=======
-    ("module", "checkpoint", "resume", "verification", "callbacks"),
->>>>>>> wp-resume
+    ("module", "finite", "checkpoint", "resume", "verification", "callbacks"),
     ("cli", "__main__"),
 ]  # fmt: skip
 
