@@ -12,7 +12,6 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, NoReturn
 
-import jsonargparse
 import lightning.pytorch as pl
 import yaml
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
@@ -24,6 +23,7 @@ from grpo_lightning.errors import ConfigError, GRPOError, choices
 from grpo_lightning.module import GRPOModule
 from grpo_lightning.options import explain
 from grpo_lightning.stopping import Stopped, exits_named, ignore, listen, set_command
+from grpo_lightning.untrusted import check_arguments, check_config, refused_import, restrict_parser
 
 TRAINER_DEFAULTS: dict[str, Any] = {
     "trainer.gradient_clip_val": 1.0,
@@ -66,6 +66,8 @@ def _options_of(parser: Any) -> list[str]:
 
 def _condensed(message: str) -> str:
     """Returns a parser's message as one line; of a value that fits no type, what it is and what fits."""
+    if refused := refused_import(message):
+        return refused
     found = re.search(r'[Kk]ey "([^"]+)".*Given value: (.*)', message, re.DOTALL)
     if found is None:
         return " ".join(message.split())
@@ -163,7 +165,8 @@ class CLI(LightningCLI):
         self.model.setup(subcommand)
 
     def _parse_ckpt_path(self) -> None:
-        """Leaves the command line as it is: Lightning would let the checkpoint's values win."""
+        """Checks what was parsed; Lightning would let the checkpoint's values win over the command line's."""
+        check_config(self.config[self.config.subcommand])
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         """Takes the newest sound checkpoint for `last`; Lightning would take the latest file."""
@@ -195,20 +198,18 @@ def _hush() -> None:
 def run(argv: list[str]) -> int:
     """Runs one command; returns its exit code."""
     _hush()
-    # An empty list turns the built-in denylist (os, subprocess, eval, ...) into errors; by default it only
-    # warns.
-    jsonargparse.set_parsing_settings(import_path_denylist=[])
+    restrict_parser()
     sys.path.insert(0, "") if "" not in sys.path else None
     set_command(argv)
     listen()
     try:
-        sys.argv[1:] = find_configs(argv)
+        sys.argv[1:] = find_configs(check_arguments(argv))
         CLI(
             GRPOModule,
             PromptDataModule,
             save_config_callback=SaveConfig,
             parser_class=Parser,
-            parser_kwargs={"prog": "grpo-lightning"},
+            parser_kwargs={"prog": "grpo-lightning", "allow_abbrev": False},
             seed_everything_default=42,
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,
@@ -255,6 +256,8 @@ def find_configs(argv: list[str]) -> Iterator[str]:
             yield str(find_config(arg))
         elif joined and name in flags:
             yield f"{name}={find_config(value)}"
+        elif arg.startswith("-c") and arg != "-c":
+            yield f"-c{find_config(arg[2:])}"
         else:
             yield arg
         wanted = not wanted and arg in flags
@@ -269,7 +272,7 @@ def find_config(name: str) -> Path:
     root = config_root()
     relative = Path(name).with_suffix(".yaml")
     for candidate in (root.parent / relative, root / relative):
-        if candidate.is_file():
+        if candidate.is_file() and candidate.resolve().is_relative_to(root.resolve()):
             return candidate
     shipped = sorted(str(p.relative_to(root.parent)) for p in root.rglob("*.yaml"))
     raise ConfigError(f"--config {name}: no such file; shipped are {', '.join(shipped)}")

@@ -13,49 +13,9 @@ from types import ModuleType
 from typing import Any
 
 from grpo_lightning.errors import ConfigError, choices
+from grpo_lightning.import_rules import is_allowed, origins
 
 _FORMS = "write 'package.module.name', 'package.module:name' or 'path/file.py:name'"
-
-# Calling or constructing something of these runs commands, loads code or reads pickles. The C modules are
-# listed because e.g. os.system says that it comes from posix. A net for pasted configs, not a sandbox.
-_DENIED = frozenset(
-    {
-        "_ctypes",
-        "_frozen_importlib",
-        "_frozen_importlib_external",
-        "_imp",
-        "_pickle",
-        "_posixsubprocess",
-        "_winapi",
-        "bdb",
-        "builtins",
-        "code",
-        "codeop",
-        "ctypes",
-        "dbm",
-        "importlib",
-        "jsonargparse",
-        "marshal",
-        "multiprocessing",
-        "nt",
-        "os",
-        "pdb",
-        "pickle",
-        "pip",
-        "pkgutil",
-        "posix",
-        "pty",
-        "pydoc",
-        "runpy",
-        "shelve",
-        "shutil",
-        "site",
-        "subprocess",
-        "sys",
-        "timeit",
-        "zipimport",
-    }
-)
 
 
 def import_object(spec: str, what: str) -> Any:
@@ -68,8 +28,8 @@ def import_object(spec: str, what: str) -> Any:
         what: what the object is for, e.g. `"reward function"`; opens every error message.
 
     Raises:
-        ConfigError: nothing is found under that name, importing it fails, or it comes from a module that a
-            config may not call, such as `os`, `subprocess`, `pickle`, `importlib` and `builtins`.
+        ConfigError: nothing is found under that name, importing it fails, or it comes from a library of
+            which a config may not name it (`import_rules`), such as `os`, `pickle`, `numpy` and `torch`.
     """
     if os.getcwd() not in sys.path and "" not in sys.path:
         sys.path.insert(0, os.getcwd())
@@ -78,7 +38,8 @@ def import_object(spec: str, what: str) -> Any:
         found = _from_file(where if colon else spec, name if colon else "", spec, what)
     else:
         found = _from_module(where, name, spec, what)
-    _refuse_dangerous(getattr(found, "__module__", None), spec, what)
+    for origin in origins(found):
+        _refuse_closed(origin, spec, what)
     if isinstance(found, ModuleType):
         raise ConfigError(f"{what} {spec!r} names a module; add the name inside it, as in '{spec}:name'")
     return found
@@ -88,7 +49,7 @@ def _from_module(where: str, name: str, spec: str, what: str) -> Any:
     modules, attributes = where.split(".") if where else [], name.split(".")
     if not all(part.isidentifier() for part in modules + attributes) or len(modules + attributes) < 2:
         raise ConfigError(f"{what} {spec!r} is not an import path; {_FORMS}")
-    _refuse_dangerous(spec, spec, what)
+    _refuse_closed(spec, spec, what)
     if modules:
         module = _import(where, spec, what)
         if module is None:
@@ -177,10 +138,11 @@ def _public(found: Any) -> list[str]:
     return [name for name in names if not isinstance(getattr(found, name, None), ModuleType)]
 
 
-def _refuse_dangerous(module: object, spec: str, what: str) -> None:
-    root = module.replace(":", ".").partition(".")[0] if isinstance(module, str) else ""
-    if root in _DENIED:
+def _refuse_closed(path: str, spec: str, what: str) -> None:
+    if not is_allowed(path):
+        root = path.replace(":", ".").partition(".")[0]
         raise ConfigError(
             f"{what} {spec!r} comes from {root!r}, which a config may not call; "
-            "if you mean it, call it in a function of your own and name that"
+            "if you mean it, call it in a function of your own and name that; a file of your own with that "
+            f"name is 'path/{root}.py:name'"
         )

@@ -6,7 +6,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -50,6 +50,31 @@ def resolve_model(name: str) -> str:
     return name
 
 
+def loading_options(model_name: str, options: Mapping[str, Any] | None, trusted: bool) -> dict[str, Any]:
+    """Returns `model.model_kwargs` as a dict, none of which runs a stranger's code unless that is `trusted`.
+
+    Raises:
+        ConfigError: an option loads code or unpickles; `model.trust_remote_code` is the one flag.
+    """
+    options = dict(options or {})
+    for key in ("trust_remote_code", "weights_only"):
+        if key in options:
+            remedy = "set model.trust_remote_code" if key == "trust_remote_code" else "it is always true"
+            raise ConfigError(f"model.model_kwargs.{key} is {options[key]!r}; leave it out: {remedy}")
+    for key in ("attn_implementation", "experts_implementation", "allow_all_kernels", "kernel_config"):
+        value = options.get(key)
+        if value and not trusted and ("kernel" in key or "/" in str(value)):
+            raise ConfigError(
+                f"model.model_kwargs.{key} is {value!r}, which loads compiled code from the hub; leave it "
+                "out, or set model.trust_remote_code: true"
+            )
+    if trusted:
+        from lightning.pytorch.utilities import rank_zero_warn
+
+        rank_zero_warn(f"model.trust_remote_code is true: code that comes with {model_name} runs here")
+    return options
+
+
 @contextmanager
 def named(key: str, source: str) -> Iterator[None]:
     """Turns what loading raises for a name that is not found or not reached into one line."""
@@ -76,7 +101,7 @@ def _packaged_file(package: str, file: str) -> Path:
             f"model.model_name needs the package {package!r}, which is not installed: {install}"
         )
     path = Path(next(iter(spec.submodule_search_locations)), file)
-    if not path.is_file():
+    if not path.is_file() or ".." in Path(file).parts:
         there = ", ".join(sorted(p.name for p in path.parent.glob("*.gguf"))) or "no .gguf file"
         raise ConfigError(f"model.model_name: {package!r} has no file {file!r}; it has {there}")
     return path

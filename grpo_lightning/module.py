@@ -21,7 +21,7 @@ from grpo_lightning.losses import Coefficients, LossConfig
 from grpo_lightning.losses.policy_loss import Weights
 from grpo_lightning.losses.trial import check_surrogate
 from grpo_lightning.metrics import all_ranks, gradient_norm, gradient_scale, log_numbers
-from grpo_lightning.models import named, resolve_model
+from grpo_lightning.models import loading_options, named, resolve_model
 from grpo_lightning.ops import policy_loss
 from grpo_lightning.probe import settle_forward
 from grpo_lightning.reference import ReferenceConfig
@@ -58,7 +58,7 @@ class GRPOModule(AsksForCheckpoints):
         gradient_checkpointing: recompute activations in the backward instead of keeping them; `offload` also
             keeps the layers' inputs in host memory (Unsloth's "unsloth").
         disable_dropout: switch the model's dropout off; with dropout the ratio is not 1 on the first pass.
-        trust_remote_code: run Python code that comes with the model.
+        trust_remote_code: run Python code that comes with the model; the one flag for it, said when it is on.
         model_kwargs: passed to `from_pretrained`, e.g. {dtype: bfloat16, revision: main}; with lora null a
             16-bit dtype loses small updates: see train/weights_changed.
         tokenizer: name or folder of another tokenizer; null takes the model's.
@@ -94,7 +94,7 @@ class GRPOModule(AsksForCheckpoints):
         self.gradient_checkpointing = gradient_checkpointing
         self.disable_dropout = disable_dropout
         self.trust_remote_code = trust_remote_code
-        self.model_kwargs = dict(model_kwargs or {})
+        self.model_kwargs = loading_options(model_name, model_kwargs, trust_remote_code)
         self.tokenizer_name = tokenizer
         self.logprob_chunk_rows = logprob_chunk_rows
         self.kernels = kernels

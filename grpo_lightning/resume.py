@@ -11,6 +11,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from grpo_lightning.errors import ConfigError
+from grpo_lightning.untrusted import PlainCheckpoints, check_local, read_plain_checkpoints
 
 if TYPE_CHECKING:
     from grpo_lightning.module import GRPOModule
@@ -164,7 +165,7 @@ def _class_of(thing: Any) -> str:
     return f"{type(thing).__module__}.{type(thing).__qualname__}"
 
 
-class AsksForCheckpoints(pl.LightningModule):
+class AsksForCheckpoints(PlainCheckpoints, pl.LightningModule):
     """A module whose Trainer takes `ckpt_path` at its word; Lightning starts anew where there is no last."""
 
     @pl.LightningModule.trainer.setter
@@ -174,10 +175,12 @@ class AsksForCheckpoints(pl.LightningModule):
         if isinstance(trainer, pl.Trainer):
             connector: Any = trainer._checkpoint_connector
             connector._parse_ckpt_path = partial(_parse_ckpt_path, connector)
+            read_plain_checkpoints(trainer)
 
 
 def _parse_ckpt_path(connector: Any, state_fn: Any, ckpt_path: Any, **given: Any) -> Any:
     """Stands in for Lightning's: `last`, `auto` and files are looked for here, all else by Lightning."""
+    check_local(ckpt_path)
     trainer = connector.trainer
     if ckpt_path in ("last", AUTO):
         left = _left_by_a_run(trainer)

@@ -5,8 +5,10 @@ import json
 from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
+from grpo_lightning.data.control_tokens import ControlTokens
 from grpo_lightning.data.files import Row, place_of
 from grpo_lightning.data.prompts import PromptFormat
 from grpo_lightning.errors import ConfigError, DataError, choices
@@ -36,6 +38,7 @@ class EncodedPrompts(Sequence[EncodedPrompt]):
         self.column_names: dict[str, None] = {}
         self.num_dropped = 0
         self.num_truncated = 0
+        self.num_spelled = 0
         self.fingerprint = ""
 
     def __len__(self) -> int:
@@ -89,20 +92,20 @@ class Encoder:
         first: type | None = None
         for index in indices:
             place = place_of(rows, index, name)
-            prompt, columns = self.form.split(rows[index], place)
+            prompt, columns, ids = self.encode_row(rows[index], place)
             first = first or type(prompt)
             if type(prompt) is not first:
                 raise DataError(
                     f"{place}: the prompt is {_shape(type(prompt))}, but earlier ones are {_shape(first)}; "
                     "make them all alike, or set data.conversational: true"
                 )
-            ids = self.encode(prompt, place)
             kept = self.fit(ids, place)
             out.column_names.update(dict.fromkeys(columns))
             if kept is None:
                 out.num_dropped += 1
                 continue
             out.num_truncated += len(kept) < len(ids)
+            out.num_spelled += self.spells(prompt) is not None
             out.uids.append(index)
             out.ids.append(array("i", kept))
             digest.update(out.ids[-1].tobytes() + _stable(columns))
@@ -115,6 +118,38 @@ class Encoder:
         out.fingerprint = digest.hexdigest()[:16]
         return out
 
+    @cached_property
+    def control(self) -> ControlTokens:
+        """The tokenizer's control tokens."""
+        return ControlTokens(self.tokenizer, self.form.chat_template_kwargs)
+
+    def spells(self, prompt: Prompt) -> str | None:
+        """Returns a control token that the prompt spells out and that has to be text, or None."""
+        written = isinstance(prompt, str) and self.form.prompt_template is None
+        return None if written else self.control.spelled_in(prompt)
+
+    def encode_row(self, row: Row, place: str) -> tuple[Prompt, Row, list[int]]:
+        """Returns the prompt, the other columns and the token ids.
+
+        Control tokens that the row spells out are encoded as text, since they would end a turn or begin one
+        of another role; those of the chat template, of `data.prompt_template` and of `data.system_prompt` are
+        tokens. A text prompt without `data.prompt_template` is a template itself: there they are tokens too.
+        """
+        prompt, columns = self.form.split(row, place)
+        if (spelled := self.spells(prompt)) is None:
+            return prompt, columns, self.encode(prompt, place)
+        marked, _ = self.form.split(self.control.mark(row), place)
+        text = marked if isinstance(marked, str) else self._apply_template(marked, place, tokenize=False)
+        try:
+            ids = self.control.encode(text, add_special_tokens=isinstance(marked, str))
+        except NotImplementedError as error:
+            raise DataError(
+                f"{place}: the prompt spells out the control token {spelled!r}, and "
+                f"{_name(self.tokenizer)} ({type(self.tokenizer).__name__}) can only make that token of it; "
+                "change or remove the row"
+            ) from error
+        return prompt, columns, ids
+
     def encode(self, prompt: Prompt, place: str) -> list[int]:
         """Returns the token ids; messages go through the chat template, strings are tokenised as they are."""
         if isinstance(prompt, str):
@@ -125,7 +160,7 @@ class Encoder:
             raise DataError(f"{place}: the tokenizer makes no token of the prompt {prompt!r}; remove the row")
         return list(ids)
 
-    def _apply_template(self, messages: list[Message], place: str) -> list[int]:
+    def _apply_template(self, messages: list[Message], place: str, *, tokenize: bool = True) -> Any:
         from jinja2 import TemplateError
 
         if getattr(self.tokenizer, "chat_template", None) is None:
@@ -136,7 +171,7 @@ class Encoder:
         try:
             return self.tokenizer.apply_chat_template(
                 messages,
-                tokenize=True,
+                tokenize=tokenize,
                 add_generation_prompt=True,
                 return_dict=False,  # transformers 5 returns a mapping otherwise
                 **self.form.chat_template_kwargs,
@@ -161,8 +196,10 @@ class Encoder:
         return None if self.overlong == "drop" else ids[-limit:]
 
     def report(self, prompts: EncodedPrompts) -> Iterator[str]:
-        """Yields one line for each thing that was done to overlong prompts."""
+        """Yields one line for each thing that was done to overlong prompts, and to control tokens."""
         total = len(prompts) + prompts.num_dropped
+        if prompts.num_spelled:
+            yield f"{prompts.num_spelled} of {total} prompts spell out control tokens: encoded as text"
         for count, what in (
             (prompts.num_dropped, "dropped"),
             (prompts.num_truncated, "truncated on the left"),

@@ -110,8 +110,7 @@ class PromptStream:
 
     def _encode(self, row: Row, uid: int) -> EncodedPrompt | None:
         place = f"{self.name}, streamed row {uid}"
-        prompt, columns = self.encoder.form.split(row, place)
-        ids = self.encoder.encode(prompt, place)
+        prompt, columns, ids = self.encoder.encode_row(row, place)
         kept = self.encoder.fit(ids, place)
         if kept is None:
             self.num_dropped += 1

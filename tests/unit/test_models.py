@@ -1,3 +1,4 @@
+import importlib.machinery
 import importlib.util
 
 import pytest
@@ -23,6 +24,17 @@ def test_a_missing_embedded_model_names_the_command(monkeypatch):
 def test_a_missing_file_in_a_package_lists_what_is_there():
     with pytest.raises(ConfigError, match=r"'json' has no file 'x\.gguf'; it has no \.gguf file"):
         resolve_model("json:x.gguf")
+
+
+def test_a_file_in_a_package_is_in_the_package(tmp_path, monkeypatch):
+    (tmp_path / "json").mkdir()
+    (tmp_path / "json" / "__init__.py").touch()
+    (tmp_path / "x.gguf").touch()
+    found = importlib.machinery.ModuleSpec("json", None, is_package=True)
+    found.submodule_search_locations = [str(tmp_path / "json")]
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: found)
+    with pytest.raises(ConfigError, match="has no file"):
+        resolve_model("json:../x.gguf")
 
 
 @pytest.mark.parametrize("name", ["./nowhere", "a/b/c", "weights.gguf", "org/model name"])
