@@ -11,12 +11,8 @@ import pytest
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "grpo_lightning"
 FLOORS = [  # from the ground up; a module may import its own floor's neighbours below it, never above
-<<<<<<< HEAD
-    ("errors", "ranges", "packing", "samples", "sealed", "atomic", "batch", "stats", "importing", "options", "_lazy"),
-=======
-    ("errors", "packing", "samples", "batch", "stats", "importing", "options", "_lazy",
-     "stopping"),
->>>>>>> wp-resume
+    ("errors", "ranges", "packing", "samples", "sealed", "atomic", "batch", "stats", "importing", "options",
+     "options_inherited", "stopping", "_lazy"),
     ("losses", "advantages"),
     ("ops",),
     ("models", "contents", "layouts",
@@ -29,12 +25,8 @@ FLOORS = [  # from the ground up; a module may import its own floor's neighbours
      "rollout.update_share",
      "rollout.vllm_options", "schedulers"),
     ("metrics", "rollout.collect", "rollout"),
-<<<<<<< HEAD
-    ("module", "finite", "checkpoint", "verification", "callbacks"),
-=======
-    ("module", "checkpoint", "resume", "verification", "callbacks"),
->>>>>>> wp-resume
-    ("cli", "__main__"),
+    ("module", "finite", "checkpoint", "resume", "verification", "callbacks"),
+    ("faults", "preflight", "usage", "cli", "__main__"),
 ]  # fmt: skip
 
 
