@@ -8,7 +8,6 @@ import sys
 import threading
 import warnings
 from collections.abc import Iterator
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -19,11 +18,13 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 from grpo_lightning.callbacks.last import resolve_last
 from grpo_lightning.callbacks.rollout import RolloutCallback
 from grpo_lightning.data.datamodule import PromptDataModule
-from grpo_lightning.errors import ConfigError, GRPOError, choices
+from grpo_lightning.errors import ConfigError, GRPOError
+from grpo_lightning.faults import differing, explained, leaves, report
 from grpo_lightning.module import GRPOModule
-from grpo_lightning.options import explain
+from grpo_lightning.preflight import check_values, rehearse
 from grpo_lightning.stopping import Stopped, exits_named, ignore, listen, set_command
-from grpo_lightning.untrusted import check_arguments, check_config, refused_import, restrict_parser
+from grpo_lightning.untrusted import check_arguments, check_config, restrict_parser
+from grpo_lightning.usage import complaint
 
 TRAINER_DEFAULTS: dict[str, Any] = {
     "trainer.gradient_clip_val": 1.0,
@@ -36,7 +37,8 @@ TRAINER_DEFAULTS: dict[str, Any] = {
 
 LINGER = 10.0
 """seconds that a stopped process has for what runs at exit"""
-ENGINES = ("HFEngine", "ReplayEngine", "VLLMEngine")
+TRACEBACK = "--traceback"
+"""shows more than the one line of an error; no option of the run, so no config holds it"""
 
 
 class Parser(LightningArgumentParser):
@@ -46,43 +48,9 @@ class Parser(LightningArgumentParser):
         """Prints one cause and one remedy."""
         if self.exit_on_error is False and ex is not None:
             raise ex
-        unknown = re.search(r"unrecognized|not (accept|expect)", message)
-        hints: list[str] = []
-        for key in dict.fromkeys(_keys(message)) if unknown else ():
-            near = get_close_matches(key.removeprefix("--"), _options_of(self), n=1, cutoff=0.8)
-            hints += [h for h in (explain(key), f"did you mean {near[0]!r}?" if near else None) if h]
-        print(f"error: {_condensed(message)}", *hints, sep="\n  ", file=sys.stderr)
+        first, *hints = complaint(self, message, sys.argv[1:])
+        print(f"error: {first}", *hints, sep="\n  ", file=sys.stderr)
         raise SystemExit(2)
-
-
-def _options_of(parser: Any) -> list[str]:
-    """Returns the dotted names of all options of a parser and of its commands."""
-    own = [action.dest for action in parser._actions]
-    commands = [
-        p for action in parser._actions for p in (getattr(action, "_name_parser_map", None) or {}).values()
-    ]
-    return own + [name for command in commands for name in _options_of(command)]
-
-
-def _condensed(message: str) -> str:
-    """Returns a parser's message as one line; of a value that fits no type, what it is and what fits."""
-    if refused := refused_import(message):
-        return refused
-    found = re.search(r'[Kk]ey "([^"]+)".*Given value: (.*)', message, re.DOTALL)
-    if found is None:
-        return " ".join(message.split())
-    key, value = found[1], found[2].strip()
-    if key == "rollout.engine":
-        return f"{key} is {choices(value, ENGINES)}; write it as grpo_lightning.rollout.NAME"
-    reasons = re.findall(r"^\s*- (.+)$", message, re.MULTILINE)
-    kept = [r for r in dict.fromkeys(reasons) if "NoneType" not in r and "a path but" not in r]
-    return f"{key} is {value!r}: {'; '.join(kept or reasons)}"
-
-
-def _keys(message: str) -> Iterator[str]:
-    """Yields what looks like an option in a parser's message."""
-    for match in re.finditer(r"--[\w.\-]+|(?<=['\"])[\w.\-]+(?=['\"])", message):
-        yield match[0]
 
 
 class SaveConfig(SaveConfigCallback):
@@ -138,9 +106,13 @@ class CLI(LightningCLI):
         return {k: v for k, v in every.items() if k in sys.argv[1:2]} or every
 
     def instantiate_classes(self) -> None:
-        """Makes model, data and callbacks; a constructor that exits does not end the run in silence."""
+        """Makes model, data and callbacks; names the option behind an error of another library.
+
+        A constructor that exits does not end the run in silence.
+        """
         try:
-            super().instantiate_classes()
+            with explained(self._given, ConfigError):
+                super().instantiate_classes()
         except SystemExit as error:
             if error.code:  # the parser's own, with its message
                 raise
@@ -149,20 +121,19 @@ class CLI(LightningCLI):
 
     def _run_subcommand(self, subcommand: str) -> None:
         """Runs a command once data and options have been checked, before loggers make their folders."""
-        with exits_named("user code", GRPOError):
-            self._check(subcommand)
+        with explained(self._given), exits_named("user code", GRPOError):
+            rehearse(self.trainer, self.model, self.datamodule, subcommand)
             super()._run_subcommand(subcommand)
 
-    def _check(self, subcommand: str) -> None:
-        """Does what Lightning does first, and later again, but for the loggers."""
-        trainer: Any = self.trainer
-        trainer.strategy._lightning_module = self.model
-        trainer._data_connector.attach_data(self.model, datamodule=self.datamodule)
-        self.datamodule.setup(subcommand)
-        for callback in trainer.callbacks:
-            if isinstance(callback, RolloutCallback):
-                callback.setup(trainer, self.model, subcommand)
-        self.model.setup(subcommand)
+    def _set_seed(self) -> None:
+        check_values(self._parser(self.subcommand), dict(leaves(self._options())))
+        super()._set_seed()
+
+    def _options(self) -> dict[str, Any]:
+        return self.config[str(self.subcommand)].as_dict()
+
+    def _given(self) -> dict[str, Any]:
+        return differing(self._options(), self._parser(self.subcommand).get_defaults().as_dict())
 
     def _parse_ckpt_path(self) -> None:
         """Checks what was parsed; Lightning would let the checkpoint's values win over the command line's."""
@@ -199,6 +170,8 @@ def run(argv: list[str]) -> int:
     """Runs one command; returns its exit code."""
     _hush()
     restrict_parser()
+    full = TRACEBACK in argv
+    argv = [arg for arg in argv if arg != TRACEBACK]
     sys.path.insert(0, "") if "" not in sys.path else None
     set_command(argv)
     listen()
@@ -218,11 +191,7 @@ def run(argv: list[str]) -> int:
         _leave_soon(int(stopped.code or 1))
         return int(stopped.code or 1)
     except Exception as error:
-        ours = _ours(error)
-        if ours is None:
-            raise
-        print(f"error: {ours}", file=sys.stderr)
-        return 2 if isinstance(ours, ConfigError) else 1
+        return report(error, full=full)
     finally:
         ignore()
     return 0
@@ -233,13 +202,6 @@ def _leave_soon(code: int) -> None:
     last = threading.Timer(LINGER, os._exit, (code,))
     last.daemon = True
     last.start()
-
-
-def _ours(error: BaseException | None) -> GRPOError | None:
-    """Returns the error of ours behind one that jsonargparse or Lightning made of it, if there is one."""
-    while error is not None and not isinstance(error, GRPOError):
-        error = error.__cause__
-    return error
 
 
 def find_configs(argv: list[str]) -> Iterator[str]:

@@ -15,7 +15,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
-from grpo_lightning.errors import ConfigError, choices
+from grpo_lightning.errors import ConfigError, choices, hinted
 from grpo_lightning.exchange import Exchange
 from grpo_lightning.packing import Outline
 
@@ -43,6 +43,7 @@ WORTH_SHARING = 1.2
 """how many times the tokens there must be without sharing; below, a second call of attention costs more"""
 
 
+@hinted
 @dataclass(frozen=True)
 class KernelConfig:
     """Which fast paths run; each is `auto`, `on` or `off`, and off computes the same in plain torch.

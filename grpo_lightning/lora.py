@@ -1,14 +1,19 @@
 """peft's LoraConfig: made from a mapping, checked, compared. Imports peft only where one is made."""
 
 import json
+import re
 from collections.abc import Mapping
 from importlib.util import find_spec
-from typing import Any
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from lightning.pytorch.utilities import rank_zero_warn
 
 from grpo_lightning.errors import ConfigError, choices
 from grpo_lightning.ranges import check_numbers
+
+LARGEST_RANK = 65536
+"""wider than any layer there is"""
 
 BOOKKEEPING = frozenset(
     {
@@ -43,6 +48,7 @@ def lora_config(lora: Any) -> Any:
         if key not in allowed:
             raise ConfigError(f"model.lora has the key {choices(key, allowed)}")
     check_numbers("model.lora", lora)  # before peft takes them
+    _check_values(lora, get_type_hints(LoraConfig))
     return _checked(LoraConfig(**{"task_type": "CAUSAL_LM", "target_modules": "all-linear", **lora}))
 
 
@@ -54,6 +60,54 @@ def _checked(config: Any) -> Any:
     ]
     check_numbers("model.lora", vars(config), bounds)
     return config
+
+
+def _check_values(lora: Mapping[str, Any], hints: Mapping[str, Any]) -> None:
+    """Raises ConfigError for values that peft finds out about when the weights are loaded, or never."""
+    for key, value in lora.items():
+        if not _fits(value, hints[key]) and not str(value).startswith("pissa_niter_"):
+            hint = str(hints[key]).replace("typing.", "")
+            expected = hints[key].__name__ if isinstance(hints[key], type) else hint
+            raise ConfigError(f"model.lora.{key} is {value!r:.100}; it must be {expected}")
+    for key, ranks in (
+        ("r", [lora.get("r", 8)]),
+        ("rank_pattern", (lora.get("rank_pattern") or {}).values()),
+    ):
+        if not all(isinstance(rank, int) and 1 <= rank <= LARGEST_RANK for rank in ranks):
+            raise ConfigError(
+                f"model.lora.{key} is {lora[key]!r:.100}; a rank is a whole number in 1..{LARGEST_RANK}"
+            )
+    if not 0 <= lora.get("lora_dropout", 0) < 1:
+        raise ConfigError(f"model.lora.lora_dropout is {lora['lora_dropout']}; it must be in [0, 1)")
+    for key in ("target_modules", "exclude_modules"):
+        if lora.get(key) == [] or (isinstance(lora.get(key), str) and not _is_pattern(lora[key])):
+            raise ConfigError(
+                f"model.lora.{key} is {lora[key]!r:.100}; it must be all-linear, a regular expression, or a "
+                "list of names such as [q_proj, v_proj]"
+            )
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a value is of a type; numbers and rows are of one kind, classes pass."""
+    kind = get_origin(hint) or hint
+    if kind in (Union, UnionType):
+        return any(_fits(value, part) for part in get_args(hint))
+    if kind is Literal:
+        return value in get_args(hint)
+    if kind is list:
+        inner = (*get_args(hint), Any)[0]
+        return isinstance(value, list | tuple | set) and all(_fits(item, inner) for item in value)
+    if kind in (int, float):
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    return not isinstance(kind, type) or kind not in (str, bool, dict, type(None)) or isinstance(value, kind)
+
+
+def _is_pattern(text: str) -> bool:
+    try:
+        re.compile(text)
+    except re.error:
+        return False
+    return True
 
 
 def check_lora(lora: Any) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from grpo_lightning.batch import RolloutBatch
 from grpo_lightning.checkpoint import load, save
-from grpo_lightning.errors import ConfigError
+from grpo_lightning.errors import ConfigError, hinted
 from grpo_lightning.finite import SkippedSteps, build_optimizer, check_options, check_weights
 from grpo_lightning.kernels import KernelConfig
 from grpo_lightning.lora import check_quantization, lora_config, starts_as_base
@@ -39,13 +39,13 @@ def _adamw(params: Any) -> torch.optim.Optimizer:
     return torch.optim.AdamW(params, lr=1e-6, weight_decay=0.0)
 
 
+@hinted
 class GRPOModule(AsksForCheckpoints):
     """Trains a causal language model on rollouts.
 
     A batch is a `PromptBatch` into which a callback has put a `RolloutBatch`, or one of the parts that
     `RolloutBatch.split` cuts the batch of an optimizer step into, as many on every rank as the Trainer
-    accumulates. Weights are loaded in
-    `configure_model`, after data and options have been checked.
+    accumulates. `configure_model` loads weights, after data and options have been checked.
 
     Args:
         model_name: hub id, folder, .gguf file, or `package:file.gguf` inside an installed package.

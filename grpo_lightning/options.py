@@ -3,14 +3,17 @@
 The CLI never takes two names for one thing: a key from elsewhere is an error, and the error says where to go.
 """
 
+from grpo_lightning.options_inherited import INHERITED
+
 # Each entry is a place, then « (remark)» or «; remark»; or a sentence that begins with one of `_NO_PLACE`.
 WHERE: dict[str, str] = {
+    **INHERITED,
     # TRL GRPOConfig: model
     "model_init_kwargs": "model.model_kwargs (passed to from_pretrained)",
     "trust_remote_code": "model.trust_remote_code (default false)",
-    "router_aux_loss_coef": "model.router_loss_coef (null = the model's own, 0 = off)",
+    "router_aux_loss_coef": "not offered yet: the model's own router loss does not train",
     "disable_dropout": "model.disable_dropout (default true: dropout breaks ratio = 1)",
-    "cast_lm_head_to_fp32": "model.lm_head_fp32 (default false)",
+    "cast_lm_head_to_fp32": "not offered yet: log-probabilities are summed in fp32 whatever the head's type",
     "learning_rate": "model.optimizer.init_args.lr",
     # TRL GRPOConfig: data
     "num_generations": "rollout.num_generations (default 8; does not set memory)",
@@ -41,22 +44,20 @@ WHERE: dict[str, str] = {
     "use_transformers_paged": "not offered: for throughput take a vLLM engine",
     # TRL GRPOConfig: vLLM
     "use_vllm": "rollout.engine.class_path (e.g. grpo_lightning.rollout.VLLMEngine)",
-    "vllm_mode": (
-        "rollout.engine.class_path (grpo_lightning.rollout.VLLMEngine for colocate; server is planned)"
-    ),
+    "vllm_mode": ("rollout.engine.class_path (grpo_lightning.rollout.VLLMEngine, in the trainer's process)"),
     "vllm_model_impl": "rollout.engine.init_args.engine_kwargs ({model_impl: transformers})",
     "vllm_enable_sleep_mode": "rollout.engine.init_args.sleep (default auto)",
     "vllm_structured_outputs_regex": "rollout.sampling.regex",
-    "vllm_server_base_url": "rollout.engine.init_args.url",
-    "vllm_server_host": "rollout.engine.init_args.url (host and port in one)",
-    "vllm_server_port": "rollout.engine.init_args.url (host and port in one)",
-    "vllm_server_timeout": "rollout.engine.init_args.timeout_s (default 240 seconds)",
+    "vllm_server_base_url": "not offered yet: engines run in the trainer's process",
+    "vllm_server_host": "not offered yet: engines run in the trainer's process",
+    "vllm_server_port": "not offered yet: engines run in the trainer's process",
+    "vllm_server_timeout": "not offered yet: engines run in the trainer's process",
     "vllm_group_port": "not offered: adapters travel over HTTP, there is no extra process group",
     "vllm_gpu_memory_utilization": "rollout.engine.init_args.gpu_memory_utilization (default 0.35)",
     "vllm_max_model_length": (
         "rollout.engine.init_args.max_model_len (null = data.max_prompt_tokens + rollout.sampling.max_tokens)"
     ),
-    "vllm_tensor_parallel_size": "rollout.engine.init_args.tensor_parallel_size (default 1)",
+    "vllm_tensor_parallel_size": "not offered yet: each rank has an engine of its own",
     "vllm_importance_sampling_correction": "model.loss.correction.mode (off disables it)",
     "vllm_importance_sampling_mode": (
         "model.loss.correction.level with model.loss.correction.mode (default token, truncate)"
@@ -94,7 +95,7 @@ WHERE: dict[str, str] = {
     "entropy_coef_delta": "model.loss.adaptive_entropy.delta (default 0.005)",
     "entropy_target": "model.loss.adaptive_entropy.target (default 0.2)",
     "off_policy_mask_threshold": "model.loss.off_policy_threshold (default null)",
-    "max_tool_calling_iterations": "planned as rollout.max_turns; until then rollouts have a single turn",
+    "max_tool_calling_iterations": "not offered yet: rollouts have a single turn",
     # TRL GRPOConfig: logging
     "log_completions": "trainer.callbacks (add grpo_lightning.callbacks.SampleTable, with every_n_steps)",
     "num_completions_to_print": "trainer.callbacks (add grpo_lightning.callbacks.SampleTable, with rows)",
@@ -168,19 +169,16 @@ WHERE: dict[str, str] = {
     "train_dataset": "data.dataset (with data.subset and data.split; or a DataModule of your own)",
     "eval_dataset": "data.validation_split (or a DataModule of your own)",
     "prompt": "data.prompt_column (messages get the chat template, strings are taken as they are)",
-    "SFTTrainer": "planned as grpo-lightning sft; until then start from any checkpoint with model.model_name",
-    "SFTConfig": "planned as grpo-lightning sft; until then start from any checkpoint with model.model_name",
-    "DPO": "planned as a module of its own; not offered yet",
-    "ORPO": "planned as a module of its own; not offered yet",
-    "KTO": "planned as a module of its own; not offered yet",
-    "PPO": "planned as a module of its own; not offered yet",
-    "save_pretrained": "grpo-lightning export (format adapter, from any checkpoint)",
-    "save_pretrained_merged": "grpo-lightning export (formats merged and gguf)",
-    "save_method": (
-        "grpo-lightning export (formats adapter, merged (16 bit) and gguf; merged_4bit is not offered, "
-        "it rounds the trained change away)"
-    ),
-    "push_to_hub_merged": "planned as an export format; until then upload an exported folder",
+    "SFTTrainer": "not offered: train it elsewhere, and start from its folder with model.model_name",
+    "SFTConfig": "not offered: train it elsewhere, and start from its folder with model.model_name",
+    "DPO": "not offered yet",
+    "ORPO": "not offered yet",
+    "KTO": "not offered yet",
+    "PPO": "not offered yet",
+    "save_pretrained": "trainer.callbacks (add grpo_lightning.callbacks.RunReport, which writes it)",
+    "save_pretrained_merged": "not offered yet: merge the adapter of a run with peft's merge_and_unload",
+    "save_method": "not offered yet: merge the adapter of a run with peft's merge_and_unload",
+    "push_to_hub_merged": "not offered yet: merge the adapter of a run with peft's merge_and_unload",
     "token": "not offered: tokens come from the environment only (HF_TOKEN)",
     # Stale names
     "max_parity": "rollout.on_policy_mismatch (stop or warn; what rounding explains is measured, not set)",
@@ -193,17 +191,7 @@ WHERE: dict[str, str] = {
     "completion_length": "metric completions/mean_length",
 }
 
-_NO_PLACE = ("not offered", "planned", "derived")
-
-
-NOT_YET = (
-    "model.router_loss_coef",
-    "model.lm_head_fp32",
-    "rollout.engine.init_args.url",
-    "rollout.engine.init_args.timeout_s",
-    "rollout.engine.init_args.tensor_parallel_size",
-)
-"""places that have a name but no code yet; each leaves this list with the code"""
+_NO_PLACE = ("not offered", "derived")
 
 
 def explain(key: str) -> str | None:
@@ -221,6 +209,4 @@ def explain(key: str) -> str | None:
         return f"{name!r} is {text}"
     ends = [end for end in (text.find(" ("), text.find("; ")) if end >= 0]
     place = text[: min(ends, default=len(text))]
-    if place.startswith(NOT_YET):
-        return f"{name!r} will be {place}; this version does not have it yet"
     return f"{name!r} is {place} here{text[len(place) :]}"

@@ -7,10 +7,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from grpo_lightning.errors import ConfigError
+from grpo_lightning.errors import ConfigError, hinted
 from grpo_lightning.ranges import check_numbers
 
 
+@hinted
 @dataclass(frozen=True)
 class ReferenceConfig:
     """A reference that follows the policy: ref <- ema_alpha policy + (1 - ema_alpha) ref.

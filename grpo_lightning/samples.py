@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
+from grpo_lightning.errors import hinted
 from grpo_lightning.ranges import check_numbers
 
 if TYPE_CHECKING:
@@ -35,6 +36,7 @@ class Truncation(NamedTuple):
     min_p: float = 0.0
 
 
+@hinted
 @dataclass(frozen=True, kw_only=True)
 class SamplingParams:
     """How completions are sampled; the names are vLLM's.

@@ -8,12 +8,13 @@ import lightning.pytorch as pl
 import torch
 from torchmetrics import MeanMetric
 
-from grpo_lightning.errors import ConfigError, choices
+from grpo_lightning.errors import ConfigError, choices, hinted
 from grpo_lightning.ranges import check_numbers
 from grpo_lightning.rollout.collect import Rollout
 from grpo_lightning.samples import SamplingParams
 
 
+@hinted
 @dataclass(frozen=True)
 class ValidationConfig:
     """How held-out prompts are sampled and when a completion passes.

@@ -7,9 +7,12 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
 
+from grpo_lightning.errors import hinted
+
 CURVES = ("reward", "val/pass@1", "val/reward")
 
 
+@hinted
 class RunReport(Callback):
     """At the end of a fit saves what was trained in Hugging Face's format and draws the reward curve.
 

@@ -31,7 +31,7 @@ from grpo_lightning.callbacks.surroundings import (
     synchronised,
     trainer_state,
 )
-from grpo_lightning.errors import ConfigError
+from grpo_lightning.errors import ConfigError, hinted
 from grpo_lightning.losses import LossConfig
 from grpo_lightning.metrics import gather, log_numbers
 from grpo_lightning.rewards.suite import Rewards
@@ -47,6 +47,7 @@ from grpo_lightning.stopping import at_once
 RewardSpec = str | dict[str, Any]
 
 
+@hinted
 class RolloutCallback(Callback):
     """Samples, scores and packs completions, and deals them to the module as micro-batches.
 

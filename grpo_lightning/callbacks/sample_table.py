@@ -7,10 +7,11 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
 
-from grpo_lightning.errors import ConfigError
+from grpo_lightning.errors import ConfigError, hinted
 from grpo_lightning.samples import PromptBatch
 
 
+@hinted
 class SampleTable(Callback):
     """Prints a table of sampled completions and writes all of them to parquet.
 

@@ -12,7 +12,7 @@ from grpo_lightning.data.prompts import PromptFormat
 from grpo_lightning.data.sources import Source
 from grpo_lightning.data.splits import Splits
 from grpo_lightning.data.stream import PromptStream, StreamingPromptLoader
-from grpo_lightning.errors import ConfigError, choices
+from grpo_lightning.errors import ConfigError, choices, hinted
 
 if TYPE_CHECKING:
     from datasets import IterableDataset
@@ -28,6 +28,7 @@ STAGES = {
 }
 
 
+@hinted
 class PromptDataModule(LightningDataModule):
     """Prompts for GRPO, from files, the Hugging Face hub, reasoning-gym or your own code.
 

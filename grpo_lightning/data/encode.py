@@ -152,10 +152,14 @@ class Encoder:
 
     def encode(self, prompt: Prompt, place: str) -> list[int]:
         """Returns the token ids; messages go through the chat template, strings are tokenised as they are."""
-        if isinstance(prompt, str):
-            ids = self.tokenizer(prompt)["input_ids"]
-        else:
-            ids = self._apply_template(prompt, place)
+        try:
+            plain = isinstance(prompt, str)
+            ids = self.tokenizer(prompt)["input_ids"] if plain else self._apply_template(prompt, place)
+        except (TypeError, UnicodeError) as error:
+            raise DataError(
+                f"{place}: the prompt cannot be tokenised: {error}; look for broken Unicode, and at "
+                "data.chat_template_kwargs"
+            ) from error
         if not ids:
             raise DataError(f"{place}: the tokenizer makes no token of the prompt {prompt!r}; remove the row")
         return list(ids)

@@ -4,6 +4,7 @@ import csv
 import json
 from collections.abc import Callable, Iterator
 from difflib import get_close_matches
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -50,13 +51,23 @@ def _read(paths: list[str], options: dict[str, Any]) -> Iterator[tuple[str, Row]
                 f"data.dataset_kwargs has {', '.join(unknown)}, but {path} takes "
                 f"{', '.join(allowed) or 'no options'}; leave it out"
             )
-        for place, row in read(path, **options):
+        for place, row in _readable(path, partial(read, path, **options)):
             if not isinstance(row, dict):
                 raise DataError(
                     f"{place}: expected an object with named columns, got {type(row).__name__}; "
                     'write it as {"prompt": ...}'
                 )
             yield place, row
+
+
+def _readable(path: str, read: Callable[[], Iterator[tuple[str, Any]]]) -> Iterator[tuple[str, Any]]:
+    """Yields the rows; says of a disk or a file that fails on the way which file it is."""
+    try:
+        yield from read()
+    except OSError as error:
+        raise DataError(
+            f"{path}: cannot be read: {error}; check the file, its rights and the disk"
+        ) from error
 
 
 def is_file(dataset: object) -> bool:
@@ -110,11 +121,16 @@ def _parse_json(text: bytes, place: str, remedy: str) -> Any:
         raise DataError(f"{place}: malformed JSON, {error.msg} at {where}; {remedy}") from error
     except UnicodeDecodeError as error:
         raise DataError(f"{place}: {error.reason} at byte {error.start}; save the file as UTF-8") from error
+    except (RecursionError, ValueError) as error:  # brackets without end, a number of thousands of digits
+        raise DataError(f"{place}: {error}; write it with fewer brackets or digits") from error
 
 
 def _read_csv(path: str, **options: Any) -> Iterator[tuple[str, Any]]:
     with open(path, newline="", encoding="utf-8-sig") as file:
-        reader = csv.DictReader(file, **options)
+        try:
+            reader = csv.DictReader(file, **options)
+        except (TypeError, csv.Error) as error:
+            raise DataError(f"{path}: data.dataset_kwargs is {options}: {error}; correct it") from error
         try:
             for row in reader:
                 place = f"{path}:{reader.line_num}"

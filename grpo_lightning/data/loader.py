@@ -77,12 +77,7 @@ class PromptLoader:
         spares: int = 0,
     ) -> None:
         check_world(prompts_per_rollout, world_size)
-        if len(prompts) < prompts_per_rollout:
-            raise DataError(
-                f"the dataset has {len(prompts)} prompts, fewer than "
-                f"data.prompts_per_rollout={prompts_per_rollout}; "
-                f"lower it to at most {len(prompts)}, or give more prompts"
-            )
+        check_enough(len(prompts), prompts_per_rollout)
         if parts < 1:
             raise ConfigError(f"a rollout is dealt in {parts} parts; it must be at least 1")
         self.prompts, self.n = prompts, len(prompts)
@@ -255,6 +250,15 @@ def permutation(n: int, *key: int) -> list[int]:
 def mix(*key: int) -> int:
     """Returns a number of 56 bits; a sum would make epoch 1 of seed 0 the same as epoch 0 of seed 1."""
     return int.from_bytes(hashlib.sha256("/".join(map(str, key)).encode()).digest()[:7])
+
+
+def check_enough(prompts: int, prompts_per_rollout: int) -> None:
+    """Raises DataError unless the prompts fill one rollout."""
+    if prompts < prompts_per_rollout:
+        raise DataError(
+            f"the dataset has {prompts} prompts, fewer than data.prompts_per_rollout={prompts_per_rollout}; "
+            f"lower it to at most {prompts}, or give more prompts"
+        )
 
 
 def check_world(prompts_per_rollout: int, world_size: int) -> None:

@@ -9,7 +9,15 @@ from grpo_lightning.data.files import Row
 from grpo_lightning.errors import ConfigError, DataError, choices
 from grpo_lightning.samples import Prompt
 
-OURS = ("tokenize", "add_generation_prompt", "return_dict", "return_tensors", "continue_final_message")
+OURS = (
+    "messages",
+    "conversation",
+    "tokenize",
+    "add_generation_prompt",
+    "return_dict",
+    "return_tensors",
+    "continue_final_message",
+)
 
 
 @dataclass(frozen=True, kw_only=True)

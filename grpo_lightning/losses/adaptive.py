@@ -4,13 +4,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from grpo_lightning.errors import ConfigError
+from grpo_lightning.errors import ConfigError, hinted
 from grpo_lightning.ranges import check_numbers
 
 if TYPE_CHECKING:
     from grpo_lightning.losses.config import LossConfig
 
 
+@hinted
 @dataclass(frozen=True)
 class AdaptiveEntropy:
     """Raises the weight of the entropy bonus while the entropy is at or below a target, lowers it above.
@@ -45,6 +46,7 @@ class AdaptiveEntropy:
         return last_entropy is not None and last_entropy <= self.target
 
 
+@hinted
 @dataclass(frozen=True)
 class AdaptiveKL:
     """Raises `kl_coef` while the KL divergence is above a target, lowers it below (1909.08593, section 2.2).

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
-from grpo_lightning.errors import ConfigError, choices
+from grpo_lightning.errors import ConfigError, choices, hinted
 from grpo_lightning.importing import import_object
 from grpo_lightning.losses.adaptive import AdaptiveEntropy, AdaptiveKL
 from grpo_lightning.losses.aggregations import AGGREGATIONS
@@ -29,6 +29,7 @@ LIMITS = ("clip_high", "dual_clip", "cispo_weight_max", "log_clip_low", "log_cli
 VESPO = ("k_pos", "lambda_pos", "k_neg", "lambda_neg")
 
 
+@hinted
 @dataclass(frozen=True)
 class LossConfig:
     """Which loss is minimised; what is left at null is the recipe's.

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from grpo_lightning.batch import RolloutBatch
-from grpo_lightning.errors import ConfigError, choices
+from grpo_lightning.errors import ConfigError, choices, hinted
 from grpo_lightning.losses.ratios import MAX_LOG_RATIO
 from grpo_lightning.losses.segments import Segments
 from grpo_lightning.ranges import check_numbers
@@ -55,6 +55,7 @@ MODES: dict[str, Mode] = {
 }
 
 
+@hinted
 @dataclass(frozen=True)
 class CorrectionConfig:
     """Importance weights between the engine's policy and the trainer's.

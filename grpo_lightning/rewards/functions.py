@@ -4,7 +4,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from grpo_lightning.errors import ConfigError
+from grpo_lightning.errors import ConfigError, hinted
 
 
 def text_of(completion: Any) -> str:
@@ -25,6 +25,7 @@ def exact_match(completions: Sequence[Any], answer: Sequence[Any], **_: Any) -> 
     ]
 
 
+@hinted
 class FormatReward:
     r"""Returns 1.0 where the completion has the form of `pattern`, else 0.0.
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-from grpo_lightning.errors import ConfigError, choices
+from grpo_lightning.errors import ConfigError, choices, hinted
 from grpo_lightning.ranges import check_numbers
 from grpo_lightning.rewards.resolve import RewardFunction, RewardSpec, resolve
 from grpo_lightning.rewards.returned import Samples, as_floats, check_total, failures_named
@@ -60,6 +60,7 @@ class Scores:
         )
 
 
+@hinted
 class Rewards:
     """The K reward functions of a run.
 

@@ -10,7 +10,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from grpo_lightning.errors import ConfigError, EngineError
+from grpo_lightning.errors import ConfigError, EngineError, hinted
 from grpo_lightning.policy import Policy
 from grpo_lightning.probe import alone, rounding, said, tokens
 from grpo_lightning.rollout.engine import EngineContext, Request
@@ -36,6 +36,7 @@ WAYS = {
 """the fastest first; the first that gives the model's own log-probabilities is taken"""
 
 
+@hinted
 class HFEngine:
     """Decodes with the model being trained: nothing to synchronise, nothing to install.
 
@@ -57,7 +58,12 @@ class HFEngine:
 
     def start(self, context: EngineContext) -> None:
         """Refuses what this engine cannot do."""
-        if context.sampling.regex is not None or context.sampling.extra:
+        self.check(context.sampling)
+
+    @staticmethod
+    def check(sampling: SamplingParams) -> None:
+        """Raises ConfigError for sampling that this engine does not have; before anything is loaded."""
+        if sampling.regex is not None or sampling.extra:
             raise ConfigError(
                 "rollout.sampling.regex and .extra need an engine with structured outputs; "
                 "HFEngine has none: remove them or use VLLMEngine"

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from grpo_lightning.errors import ConfigError, EngineError
+from grpo_lightning.errors import ConfigError, EngineError, hinted
 from grpo_lightning.policy import Policy
 from grpo_lightning.rollout.engine import EngineContext, Request
 from grpo_lightning.samples import Completion, SamplingParams
@@ -35,6 +35,7 @@ def record(
     return path
 
 
+@hinted
 class ReplayEngine:
     """Gives back recorded completions instead of sampling: for debugging a loss, a reward or a resume.
 

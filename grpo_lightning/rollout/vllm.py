@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
-from grpo_lightning.errors import ConfigError, EngineError, choices
+from grpo_lightning.errors import ConfigError, EngineError, choices, hinted
 from grpo_lightning.policy import Policy
 from grpo_lightning.ranges import check_numbers
 from grpo_lightning.rollout.engine import EngineContext, Request
@@ -44,6 +44,7 @@ RESUME = "the last checkpoint is untouched: resume with --ckpt_path last"
 NOT_ALONE = "; vLLM measures the whole GPU: if another process uses it, set rollout.engine.sleep to 'off'"
 
 
+@hinted
 class VLLMEngine:
     """vLLM in the trainer's process: token ids in, token ids and their log-probabilities out.
 

@@ -1,6 +1,7 @@
 """The command line as a person meets it: what it says when something is wrong, and how soon."""
 
 import json
+import re
 import resource
 import subprocess
 import sys
@@ -172,6 +173,102 @@ def test_bad_input_fails_at_once_with_one_message(name, base, tmp_path):
     assert "Loading weights" not in text
 
 
+REFUSED = {
+    "rank": ({"model.lora": {"r": 0}}, "model.lora.r is 0; a rank is a whole number in 1..65536"),
+    "no such module": (
+        {"model.lora": {"r": 4, "target_modules": ["nothing"]}},
+        "model.lora.target_modules is ['nothing']: NoMatchingPeftModuleError",
+    ),
+    "pattern": (
+        {"model.lora": {"target_modules": "("}},
+        "model.lora.target_modules is '('; it must be all-linear",
+    ),
+    "learning rate": (
+        {"model.optimizer.init_args.lr": -1.0},
+        "model.optimizer: Invalid learning rate: -1.0",
+    ),
+    "no GPU": ({"trainer.accelerator": "gpu"}, "trainer.accelerator is 'gpu': MisconfigurationException"),
+    "attention": (
+        {"model.model_kwargs": {"attn_implementation": "nonsense"}},
+        "model.model_kwargs.attn_implementation is 'nonsense': ValueError",
+    ),
+    "logger": (
+        {"trainer.logger": {"class_path": "lightning.pytorch.loggers.MLFlowLogger"}},
+        "trainer.logger.class_path is 'lightning.pytorch.loggers.MLFlowLogger': ModuleNotFoundError",
+    ),
+    "seed": ({"seed_everything": -1}, "seed_everything is -1; it must be a number from 0 to 4294967295"),
+    "no devices": ({"trainer.devices": 0}, "trainer.devices is 0: MisconfigurationException"),
+    "processes": ({"trainer.devices": 1000}, "trainer.devices is 1000; it must be at most"),
+    "nodes": ({"trainer.num_nodes": 2}, "trainer.num_nodes is 2; it must be 1 here"),
+    "precision": ({"trainer.precision": "nonsense"}, "trainer.precision is 'nonsense': Expected"),
+    "strategy": ({"trainer.strategy": "nonsense"}, "trainer.strategy is 'nonsense': ValueError"),
+    "steps": ({"trainer.max_steps": "abc"}, "trainer.max_steps is 'abc': Expected a int"),
+    "null": ({"model.loss": {"cov_high": None}}, "model.loss.cov_high is null"),
+    "no section": (
+        {"model.kernels": 3},
+        "model.kernels is 3; it must be a mapping with any of head, attention",
+    ),
+    "not a number": ({"trainer.gradient_clip_val": float("nan")}, "trainer.gradient_clip_val is nan"),
+    "no checkpoint": ({"ckpt_path": "nowhere.ckpt"}, "ckpt_path is 'nowhere.ckpt'; it must be last, or"),
+    "few prompts": ({"data.prompts_per_rollout": 13}, "the dataset has 12 prompts, fewer than"),
+    "engine": (
+        {"rollout.sampling": {"regex": "a", "max_tokens": 6}},
+        "rollout.sampling.regex and .extra need an engine",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_is_refused_is_one_line_and_leaves_no_folder(name, base, tmp_path):
+    """From Lightning, torch, peft and transformers too; with a logger, which makes its folder early."""
+    changes, expected = REFUSED[name]
+    del base["trainer"]["logger"]
+    for key, value in changes.items():
+        put(base, key, value)
+    there = {*tmp_path.rglob("*"), *(tmp_path / n for n in ("config.yaml", ".out", ".err"))}
+    code, text = call(base, tmp_path)
+    assert code == 2, text
+    assert "Traceback" not in text
+    (error,) = [line for line in text.splitlines() if line.startswith("error:")]
+    assert error.startswith(f"error: {expected}"), error
+    assert set(tmp_path.rglob("*")) <= there
+
+
+def test_traceback_shows_the_rest_and_is_no_option(base, tmp_path):
+    put(base, "model.lora", {"r": 4, "target_modules": ["nothing"]})
+    code, text = call(base, tmp_path, "--traceback")
+    assert code == 2
+    assert "Traceback" in text
+    assert "peft" in text
+    del base["model"]["lora"]["target_modules"]
+    code, shown = call(base, tmp_path, "--traceback", "--print_config")
+    assert code == 0
+    assert "traceback:" not in shown
+
+
+def test_all_unknown_options_are_reported_at_once(base, tmp_path):
+    put(base, "model.beta", 0.1)
+    put(base, "model.loss", {"clip_lo": 0.1})
+    put(
+        base,
+        "rollout.engine",
+        {"class_path": "grpo_lightning.rollout.HFEngine", "init_args": {"batchsize": 1}},
+    )
+    put(base, "rollout.validation", {"sampling": {"max_new_tokens": 3}})
+    put(base, "model.optimizer.init_args.learning_rate", 1.0)
+    code, text = call(base, tmp_path, "--data.promts_per_rollout", "3")
+    assert code == 2
+    for key, hint in {
+        "model.beta": "'beta' is model.loss.kl_coef here (default 0.0)",
+        "model.loss.clip_lo": "did you mean 'model.loss.clip_low'?",
+        "rollout.engine.init_args.batchsize": "did you mean 'rollout.engine.init_args.batch_size'?",
+        "rollout.validation.sampling.max_new_tokens": "'max_new_tokens' is rollout.sampling.max_tokens here",
+        "model.optimizer.init_args.learning_rate": "'learning_rate' is model.optimizer.init_args.lr here",
+        "--data.promts_per_rollout": "did you mean 'data.prompts_per_rollout'?",
+    }.items():
+        assert f"  {key}: {hint}" in text, text
+
+
 def test_a_fault_is_named_within_seconds(base, tmp_path):
     """From the start of the process; counted on the processor, which a test suite shares."""
     put(base, "data.promts_per_rollout", 4)
@@ -327,23 +424,31 @@ def test_qwen_without_vllm_fails_with_one_line(tmp_path):
 
 
 def test_every_place_that_options_name_exists(base, tmp_path):
-    from grpo_lightning.options import NOT_YET, WHERE
+    from dataclasses import fields
+
+    from peft import LoraConfig
+
+    from grpo_lightning.options import WHERE
 
     put(base, "rollout.engine", {"class_path": "grpo_lightning.rollout.VLLMEngine"})
     put(base, "model.loss", {"adaptive_entropy": {"target": 0.2}, "kl_coef": 0.1})
     put(base, "model.reference", {"ema_alpha": 0.6})
+    put(
+        base,
+        "model.scheduler",
+        {"class_path": "torch.optim.lr_scheduler.StepLR", "init_args": {"step_size": 1}},
+    )
     shown = yaml.safe_load(call(base, tmp_path, "--print_config")[1])
-    shown["model"]["lora"] = dict.fromkeys(("r", "lora_alpha", "lora_dropout", "target_modules", "bias"))
-    shown["model"]["optimizer"].setdefault("init_args", {})
-    shown["model"]["model_kwargs"] = {"dtype": None}
-    checked = 0
-    for name, text in WHERE.items():
-        place = text.split(" ")[0].rstrip(";,")
-        if not place.startswith(("model.", "data.", "rollout.", "trainer.")) or place.startswith(NOT_YET):
-            continue
+    shown["model"]["lora"] = {f.name: None for f in fields(LoraConfig)}
+    shown["model"]["model_kwargs"] = dict.fromkeys(("dtype", "revision", "attn_implementation"))
+    places = [
+        (name, place.rstrip("."))
+        for name, text in WHERE.items()
+        for place in re.findall(r"(?<![\w.])(?:model|data|rollout|trainer)\.[\w.]+", text)
+    ]
+    assert len(places) > 150
+    for name, place in places:
         here = shown
         for key in place.split("."):
             assert key in here, f"{name} -> {place}"
             here = here[key] if isinstance(here[key], dict) else {}
-        checked += 1
-    assert checked > 60

@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "grpo_lightning"
 FLOORS = [  # from the ground up; a module may import its own floor's neighbours below it, never above
     ("errors", "ranges", "packing", "samples", "sealed", "atomic", "batch", "stats", "importing", "import_rules",
-     "untrusted", "yaml_text", "credentials", "options", "_lazy", "stopping"),
+     "untrusted", "yaml_text", "credentials", "options", "options_inherited", "_lazy", "stopping"),
     ("losses", "advantages"),
     ("ops",),
     ("models", "contents", "layouts",
@@ -26,7 +26,7 @@ FLOORS = [  # from the ground up; a module may import its own floor's neighbours
      "rollout.vllm_options", "schedulers"),
     ("metrics", "rollout.collect", "rollout"),
     ("module", "finite", "checkpoint", "resume", "verification", "callbacks"),
-    ("cli", "__main__"),
+    ("faults", "preflight", "usage", "cli", "__main__"),
 ]  # fmt: skip
 
 
