@@ -29,7 +29,7 @@ def sleeps(completions, **_):
 
 def spins_without_letting_go(completions, **_):
     if "spin" in completions:
-        10 ** 10**10
+        10**10**10
     return [0.0] * len(completions)
 
 

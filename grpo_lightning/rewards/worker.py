@@ -9,7 +9,6 @@ import json
 import os
 import pickle
 import queue
-import resource
 import signal
 import sys
 import threading
@@ -23,6 +22,8 @@ Handler = Callable[[Any, Tell], None]
 
 def main() -> None:
     """Serves until the other side is gone."""
+    import resource  # no module of Windows, where this one is imported all the same
+
     connection = Connection(int(sys.argv[1]))
     os.set_inheritable(connection.fileno(), False)
     # Private memory, not addresses: CUDA reserves more addresses than any machine has memory.

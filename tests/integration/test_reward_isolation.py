@@ -81,7 +81,7 @@ def test_a_reward_that_hangs_ends_the_run(model_folder, tmp_path, options):
         time.sleep(1000)
 
     began = time.monotonic()
-    with pytest.raises(RewardError, match="'hangs' did not return within .* 1 s"):
+    with pytest.raises(RewardError, match=r"'hangs' did not return within .* 1 s"):
         fit(model_folder, tmp_path, reward_funcs=[hangs], reward_timeout_s=1.0, **options)
     assert time.monotonic() - began < 30
 

@@ -1,6 +1,7 @@
 """Reward functions that hang, and what they do to the process."""
 
 import asyncio
+import contextlib
 import logging
 import os
 import random
@@ -62,10 +63,8 @@ def waits_for_a_lock(completions, **_):
 def swallows_everything(completions, **_):
     began = time.monotonic()
     while time.monotonic() - began < 1.7:
-        try:
+        with contextlib.suppress(BaseException):
             time.sleep(0.01)
-        except BaseException:  # noqa: S110
-            pass
     spins(completions)
 
 
@@ -87,10 +86,8 @@ async def async_spins(completions, **_):
 
 async def does_not_let_itself_be_cancelled(completions, **_):
     while True:
-        try:
+        with contextlib.suppress(asyncio.CancelledError):
             await asyncio.sleep(1000)
-        except asyncio.CancelledError:
-            pass
 
 
 async def quick(completions, **_):
@@ -112,9 +109,9 @@ def impatient(monkeypatch):
 @pytest.mark.parametrize("function", [*SYNC, *ASYNC], ids=lambda f: f.__name__)
 def test_a_function_that_hangs_is_named_with_its_limit_and_the_sample(function, where):
     began = time.monotonic()
+    run = in_thread if where == "thread" else lambda call: call()
     with pytest.raises(RewardError) as caught:
-        call = lambda: score([function])  # noqa: E731
-        call() if where == "main" else in_thread(call)
+        run(lambda: score([function]))
     assert time.monotonic() - began < 10
     for part in (repr(function.__name__), "0.5 s", "rollout.reward_timeout_s", "the prompt", "'one'"):
         assert part in str(caught.value)
@@ -190,7 +187,8 @@ def holds_the_lock(completions):
     10 ** 10 ** 10
 
 def call():
-    Rewards([{name}], timeout_s=0.5).score(prompts=["p"], completions=["c"], completion_ids=[[1]], columns={{}})
+    given = dict(prompts=["p"], completions=["c"], completion_ids=[[1]], columns={{}})
+    Rewards([{name}], timeout_s=0.5).score(**given)
 
 {how}
 """

@@ -171,9 +171,12 @@ def test_workers_end_with_a_process_that_is_killed():
         "print(suite._workers.pids[0], flush=True)\n"
         "suite.score(completions=['sleep'], **given)\n"
     )
-    path = os.pathsep.join(sys.path)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     child = subprocess.Popen(
-        [sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": path}
+        [sys.executable, "-c", code],
+        stdout=subprocess.PIPE,
+        text=True,
+        env=environment,
     )
     worker = int(child.stdout.readline())
     time.sleep(0.5)
