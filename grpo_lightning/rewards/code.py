@@ -135,7 +135,7 @@ def _checked(tests: Any) -> tuple[str, ...]:
         pair = isinstance(test, Mapping) and set(test) == {"input", "output"}
         if not isinstance(test, str) and not (pair and all(isinstance(v, str) for v in test.values())):
             raise ConfigError(
-                f"CodeReward: a row of the column 'tests' has {test!r:.200}; a test is a text with statements "
-                "of Python, or {'input': text, 'output': text}"
+                f"CodeReward: a row of the column 'tests' has {test!r:.200}; a test is a text of Python "
+                "statements, or {'input': text, 'output': text}"
             )
     return tuple(json.dumps(test if isinstance(test, str) else dict(test)) for test in listed)

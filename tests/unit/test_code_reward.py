@@ -50,7 +50,7 @@ HEALTHY = {
     ),
     "floats": (
         "import math\ndef area(r):\n    return math.pi * r * r",
-        ["import math\nassert math.isclose(area(2), 4 * math.pi)", "assert area(float('inf')) == float('inf')"],
+        ["import math\nassert math.isclose(area(2), 4 * math.pi)", "assert area(1e999) == float('inf')"],
     ),
     "class": (
         "class Stack:\n    def __init__(self):\n        self.items = []\n"
@@ -60,19 +60,20 @@ HEALTHY = {
         [
             "s = Stack()\ns.push(1).push({'a': (2, 3)})\nassert len(s) == 2\nassert s.pop() == {'a': (2, 3)}",
             "assert Stack().items == []",
-            "try:\n    Stack().pop()\n    assert False\nexcept IndexError as e:\n    assert 'empty' in str(e)",
+            "try:\n    Stack().pop()\nexcept IndexError as e:\n    assert 'empty' in str(e)\nelse:\n    1 / 0",
         ],
     ),
     "generator": (
-        "def primes(n):\n    for i in range(2, n):\n        if all(i % j for j in range(2, i)):\n            yield i",
+        "def primes(n):\n    for i in range(2, n):\n        if all(i % j for j in range(2, i)): yield i",
         ["assert list(primes(12)) == [2, 3, 5, 7, 11]", "assert 5 in primes(12)"],
     ),
     "recursion, big numbers": (
-        "import sys\nsys.setrecursionlimit(10000)\ndef fact(n):\n    return 1 if n == 0 else n * fact(n - 1)",
-        ["assert fact(2000) % 2003 == 0 or True", "assert len(str(fact(1500))) == 4115"],
+        "import sys\nsys.setrecursionlimit(9999)\ndef fact(n):\n    return n * fact(n - 1) if n else 1",
+        ["assert fact(2000) % 1999 == 0", "assert len(str(fact(1500))) == 4115"],
     ),
     "containers": (
-        "from collections import Counter\ndef f(s):\n    return set(s), frozenset(s), dict(Counter(s)), s.encode()",
+        "from collections import Counter\n"
+        "def f(s):\n    return set(s), frozenset(s), dict(Counter(s)), s.encode()",
         ["assert f('aab') == ({'a', 'b'}, frozenset('ab'), {'a': 2, 'b': 1}, b'aab')"],
     ),
     "dataclass, typing": (
@@ -160,7 +161,7 @@ CHEATS = {
     "exits hard": "import os\nos._exit(0)",
     "exits hard when called": "import os\ndef f(x):\n    os._exit(0)",
     "exits when called": "def f(x):\n    raise SystemExit(0)",
-    "equal to everything": "class A:\n    __eq__ = lambda *_: True\n    __hash__ = None\ndef f(x):\n    return A()",
+    "equal to everything": "class A:\n    __eq__ = lambda *_: True\ndef f(x):\n    return A()",
     "a number equal to everything": (
         "class A(int):\n    __eq__ = lambda *_: True\n    __hash__ = None\ndef f(x):\n    return A()"
     ),
@@ -168,9 +169,10 @@ CHEATS = {
     "patches builtins": (
         "import builtins\nbuiltins.AssertionError = builtins.Exception = BaseException\n"
         "builtins.print = builtins.len = builtins.abs = lambda *a: 0\n"
-        "abs = len = isinstance = lambda *a: 1\n"
-        "def f(x):\n    return None"
+        "abs = len = isinstance = lambda *a: -1\n"
+        "def f(x):\n    return 1.5"
     ),
+    "shadows builtins": "abs = lambda x: -1\nlen = isinstance = abs\ndef f(x):\n    return 1.5",
     "writes verdicts": (
         "import os\nfor fd in range(3, 64):\n    try:\n        os.write(fd, b'1' * 100)\n"
         "    except OSError:\n        pass\n"
@@ -182,7 +184,7 @@ CHEATS = {
         "    except OSError:\n        pass\nos._exit(0)"
     ),
     "reads the tests": (
-        "import gc, sys, os\nfound = [o for o in gc.get_objects() if isinstance(o, str) and 'assert f' in o]\n"
+        "import gc\nfound = [o for o in gc.get_objects() if isinstance(o, str) and 'assert f' in o]\n"
         "def f(x):\n    return 42 if found else None"
     ),
     "ctypes in its own interpreter": (
@@ -225,7 +227,8 @@ def test_no_network():
         program = (
             "import socket\n"
             "def tries(family, address):\n"
-            "    try:\n        s = socket.socket(family, socket.SOCK_STREAM); s.settimeout(1); s.connect(address)\n"
+            "    try:\n"
+            "        s = socket.socket(family, socket.SOCK_STREAM); s.settimeout(1); s.connect(address)\n"
             "        print('connected to', address)\n"
             "    except OSError as e: print('no')\n"
             f"tries(socket.AF_INET, ('127.0.0.1', {port}))\n"
@@ -421,7 +424,7 @@ def free_memory():
 
 def test_a_write_of_1_gb():
     program = (
-        "import os\nfor where in ('/', '/usr', '/lib', '/dev', '/tmp'):\n"
+        "import os\nfor where in ('/', '/usr/lib', os.path.dirname(os.__file__), '/tmp'):\n"
         "    n = 0\n"
         "    try:\n"
         "        for i in range(40):\n"
@@ -429,6 +432,7 @@ def test_a_write_of_1_gb():
         "                for _ in range(25): n += f.write(bytes(1 << 20))\n"
         "    except OSError: pass\n"
         "    print(where, n >> 20)\n"
+        "    assert where == '/tmp' or os.statvfs(where).f_flag & os.ST_RDONLY\n"
     )
     status, out = run(program, seconds=20.0)
     assert status == 0
@@ -473,7 +477,7 @@ def test_a_daemon_is_not_left_behind():
     before = processes()
     program = (
         "import os, time\n"
-        "if os.fork() == 0:\n    os.setsid()\n    if os.fork() == 0:\n        time.sleep(1000)\n    os._exit(0)\n"
+        "if os.fork() == 0:\n    os.setsid()\n    if os.fork() == 0: time.sleep(1000)\n    os._exit(0)\n"
         "time.sleep(0.2)\nprint('done')"
     )
     assert run(program) == (0, "done\n")
@@ -499,7 +503,8 @@ def test_a_sandbox_ends_with_the_process_that_has_started_it():
     before = processes()
     script = (
         "import subprocess\nfrom grpo_lightning.rewards.sandbox import *\n"
-        "p = start('print(1, flush=True)\\nimport time\\ntime.sleep(1000)', [], Limits(seconds=900.0), stdout=subprocess.PIPE)\n"
+        "program = 'import time\\nprint(1, flush=True)\\ntime.sleep(1000)'\n"
+        "p = start(program, [], Limits(seconds=900.0), stdout=subprocess.PIPE)\n"
         "print(p.stdout.readline().decode(), flush=True)\nimport time\ntime.sleep(1000)"
     )
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
