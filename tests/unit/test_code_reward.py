@@ -60,7 +60,7 @@ HEALTHY = {
         [
             "s = Stack()\ns.push(1).push({'a': (2, 3)})\nassert len(s) == 2\nassert s.pop() == {'a': (2, 3)}",
             "assert Stack().items == []",
-            "try:\n    Stack().pop()\nexcept IndexError as e:\n    assert 'empty' in str(e)\nelse:\n    1 / 0",
+            "try:\n    Stack().pop()\nexcept IndexError:\n    pass\nelse:\n    1 / 0",
         ],
     ),
     "generator": (
