@@ -78,7 +78,8 @@ def start(
     python = os.path.realpath(sys.executable)
     spec = {
         "command": [python, "-I", "-S", "-B", "-c", source, *arguments],
-        "readable": [sys.base_prefix, *_LIBRARIES],
+        # Not all of its prefix: in a home, that may hold more than Python.
+        "readable": [python, f"{sys.base_prefix}/lib", f"{sys.base_prefix}/lib64", *_LIBRARIES],
         "sandboxed": sandboxed,
         "filter": seccomp_filter() if sandboxed else [],
         "calls": numbers("mount_setattr", "pivot_root") if sandboxed else {},
