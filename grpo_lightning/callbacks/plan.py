@@ -41,7 +41,9 @@ def plan(rollout: "RolloutCallback", trainer: pl.Trainer) -> dict[str, str]:
 
 
 def print_plan(rollout: "RolloutCallback", trainer: pl.Trainer) -> None:
-    """Prints the plan as a table."""
+    """Prints the plan as a table, once for all ranks."""
+    if not trainer.is_global_zero:
+        return
     from rich.console import Console
     from rich.table import Table
 

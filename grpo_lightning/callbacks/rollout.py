@@ -25,23 +25,21 @@ from grpo_lightning.callbacks.surroundings import (
     check_epoch,
     check_sampling,
     check_setup,
+    collected,
     profiled,
     run_seed,
     start_engine,
-    synchronised,
-    trainer_state,
 )
 from grpo_lightning.errors import ConfigError, hinted
 from grpo_lightning.losses import LossConfig
 from grpo_lightning.metrics import gather, log_numbers
-from grpo_lightning.rewards.suite import Rewards
+from grpo_lightning.rewards.suite import TIMEOUT_S, Rewards
 from grpo_lightning.rollout.collect import Collector, Rollout
 from grpo_lightning.rollout.engine import RolloutEngine
 from grpo_lightning.rollout.hf import HFEngine
 from grpo_lightning.rollout.process_guard import random_state
 from grpo_lightning.rollout.recording import record
 from grpo_lightning.samples import PromptBatch, SamplingParams
-from grpo_lightning.stats import mean_of
 from grpo_lightning.stopping import at_once
 
 RewardSpec = str | dict[str, Any]
@@ -66,6 +64,8 @@ class RolloutCallback(Callback):
             (DAPO), drawn at random; 0 keeps it. Rewards are called as with overlap_rewards.
         overlap_rewards: call reward functions group by group while others are still decoded, in a thread of
             their own: a call then has one group's completions.
+        reward_timeout_s: seconds a reward function may take for one call; null for no limit.
+        reward_workers: processes in which reward functions run, each on whole groups; 0 is this process.
         micro_batches: how many of the `accumulate_grad_batches` micro-batches of an optimizer step hold
             tokens; no gradient but bnpo's depends on it. `auto` is as few as a GPU's memory holds (logged as
             memory/predicted_gib and memory/peak_gib), and `all` on other devices and for bnpo.
@@ -91,6 +91,8 @@ class RolloutCallback(Callback):
         num_iterations: int = 1,
         dynamic_sampling: int = 0,
         overlap_rewards: bool = False,
+        reward_timeout_s: float | None = TIMEOUT_S,
+        reward_workers: int = 0,
         micro_batches: int | Literal["auto", "all"] = "auto",
         advantage: str | None = None,
         advantage_clip: tuple[float | None, float | None] | None = None,
@@ -107,7 +109,7 @@ class RolloutCallback(Callback):
         if engine is not None and not isinstance(engine, RolloutEngine):
             raise ConfigError(f"rollout.engine: {type(engine).__name__} lacks methods of RolloutEngine")
         self.engine: RolloutEngine = engine if engine is not None else HFEngine()
-        self.rewards = Rewards(reward_funcs, reward_weights)
+        self.rewards = Rewards(reward_funcs, reward_weights, reward_timeout_s, reward_workers)
         self.num_generations, self.sampling = num_generations, sampling
         self.updates_per_rollout, self.num_iterations = updates_per_rollout, num_iterations
         self.dynamic_sampling, self.overlap_rewards = dynamic_sampling, overlap_rewards
@@ -145,8 +147,9 @@ class RolloutCallback(Callback):
         self._started = True
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Ends the engine."""
+        """Ends the engine and the workers of rewards."""
         self._stopping.end()
+        self.rewards.close()
         if self._started:
             self.engine.close()
             self._started = False
@@ -160,8 +163,7 @@ class RolloutCallback(Callback):
         """Says what is going to happen, and puts restored random states in place."""
         check_epoch(trainer, self.parts_per_rollout(trainer))
         self.cutter = Cutter.of(self.micro_batches, trainer, pl_module)
-        if trainer.is_global_zero:
-            print_plan(self, trainer)
+        print_plan(self, trainer)
         if self._restored is not None:
             self._metrics.num_tokens = self._restored["num_tokens"]
             self._parts = restore(self._restored, trainer.global_rank, trainer.world_size)
@@ -218,7 +220,7 @@ class RolloutCallback(Callback):
         self._start(trainer, module)
         started = perf_counter()
         collector = self.collector(trainer, module)
-        rollout = self._collect(collector, prompts, trainer, module)
+        rollout = collected(collector, prompts, trainer, module)
         self.engine.sleep()
         self._samples = rollout.samples
         if self.record_to is not None:
@@ -250,17 +252,6 @@ class RolloutCallback(Callback):
         )
         return replace(made, **changes)
 
-    def _collect(
-        self, collector: Collector, prompts: PromptBatch, trainer: pl.Trainer, module: Any
-    ) -> Rollout:
-        """Synchronises lazily, then collects; a policy's version is its number of optimizer steps."""
-        version = trainer.global_step
-        moved = self.engine.policy_version != version
-        took = synchronised(trainer, self.engine, module.policy, version)
-        rollout = collector.collect(prompts, version, trainer_state(trainer), {"sync": took})
-        arrived = getattr(self.engine, "sync_metrics", {}) if moved else {}
-        return replace(rollout, stats=rollout.stats | {k: mean_of([v]) for k, v in arrived.items()})
-
     def evaluate(self, trainer: pl.Trainer, module: Any, batch: PromptBatch) -> Rollout:
         """Returns a rollout with the sampling of validation; training state is left as it is."""
         self._start(trainer, module)
@@ -269,7 +260,7 @@ class RolloutCallback(Callback):
         own |= {"by_group": False, "all_ranks": False, "alone": at_once}
         collector = self.collector(trainer, module, **own)
         batch.rollout_index = -1
-        rollout = self._collect(collector, batch, trainer, module)
+        rollout = collected(collector, batch, trainer, module)
         batch.rollout, batch.samples = rollout.batch, rollout.samples
         return rollout
 

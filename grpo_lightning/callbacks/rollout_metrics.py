@@ -15,6 +15,8 @@ from grpo_lightning.stats import extreme, mean_of
 
 PROGRESS = {"reward", "completions/mean_length"}
 """metrics that the progress bar shows"""
+_OF_LOGGERS = {"step", "epoch"}
+"""what Lightning's loggers take for the axis"""
 
 
 class RolloutMetrics:
@@ -51,7 +53,7 @@ class RolloutMetrics:
         self._clock.add_rollout(metrics, metrics["num_tokens"])
         self.num_tokens += metrics["num_tokens"]
         metrics["num_tokens"] = self.num_tokens
-        self._check(rollout.scores, {*metrics, *self._reserved}, trainer.callback_metrics)
+        self._check(rollout.scores, {*metrics, *self._reserved, *_OF_LOGGERS}, trainer.callback_metrics)
         theirs = over_ranks({name: mean_of([x]) for name, x in rollout.scores.metrics.items()})
         self._of_rewards |= theirs
         log_numbers(module, metrics | theirs, shown=PROGRESS)

@@ -4,6 +4,7 @@ import math
 import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
 from time import perf_counter
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -20,8 +21,10 @@ from grpo_lightning.errors import ConfigError, choices
 from grpo_lightning.losses import LossConfig
 from grpo_lightning.ranges import check_numbers
 from grpo_lightning.rewards.suite import Rewards
+from grpo_lightning.rollout.collect import Collector, Rollout
 from grpo_lightning.rollout.engine import EngineContext, RolloutEngine
 from grpo_lightning.samples import PromptBatch, SamplingParams
+from grpo_lightning.stats import mean_of
 
 if TYPE_CHECKING:
     from grpo_lightning.callbacks.rollout import RolloutCallback
@@ -211,6 +214,16 @@ def synchronised(trainer: pl.Trainer, engine: RolloutEngine, policy: Any, versio
         with profiled(trainer, "sync"):
             engine.sync(policy, version)
     return perf_counter() - began
+
+
+def collected(collector: Collector, prompts: PromptBatch, trainer: pl.Trainer, module: Any) -> Rollout:
+    """Synchronises lazily, then collects; a policy's version is its number of optimizer steps."""
+    engine, version = collector.engine, trainer.global_step
+    moved = engine.policy_version != version
+    took = synchronised(trainer, engine, module.policy, version)
+    rollout = collector.collect(prompts, version, trainer_state(trainer), {"sync": took})
+    arrived = getattr(engine, "sync_metrics", {}) if moved else {}
+    return replace(rollout, stats=rollout.stats | {k: mean_of([v]) for k, v in arrived.items()})
 
 
 def trainer_state(trainer: pl.Trainer) -> SimpleNamespace:

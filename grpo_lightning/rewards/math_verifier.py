@@ -5,21 +5,22 @@ main thread alone. So the kernel ends the process after some seconds of its own 
 its place.
 """
 
-import json
 import logging
 import os
 import re
-import subprocess
-import sys
 from functools import cache
 from importlib.util import find_spec
-from pathlib import Path
 from threading import Lock
 
 from grpo_lightning.errors import ConfigError
+from grpo_lightning.rewards.process import Process, ProcessEndedError, first_answer
 
 SECONDS = 3
 """CPU time for one pair of answers"""
+WAIT_S = 300.0
+"""time for an answer on a machine that is busy with other things, the start included"""
+MEMORY = 4 << 30
+"""bytes, for the sake of 10**10**10"""
 LONGEST = 400
 """characters of an answer that is looked at"""
 _WORD = re.compile(r"[A-Za-z]{3,}")
@@ -51,47 +52,26 @@ class _Verifier:
     """Keeps one process alive between calls."""
 
     def __init__(self) -> None:
-        self._process: subprocess.Popen[str] | None = None
+        self.process = Process("grpo_lightning.rewards.math_worker:verifier", float(SECONDS), MEMORY)
         self._lock = Lock()  # rewards may run in several threads
+        self._starts = False
 
     def ask(self, found: str, expected: str) -> bool:
         """Returns what math-verify says."""
         with self._lock:
-            process = self._process = self._process or _start()
-            answer = _exchange(process, json.dumps([found, expected]))
-            if answer:
-                return answer == "1"
-            process.wait()
-            self._process = None
+            try:
+                if not self._starts:
+                    first_answer(self.process, ("1", "1"), WAIT_S)
+                    self._starts = True
+                return first_answer(self.process, (found, expected), WAIT_S) == b"true"
+            except ProcessEndedError as ended:
+                if not self._starts:
+                    raise ConfigError(
+                        f"math-verify is installed but does not start ({ended}, see above): "
+                        'repair it with pip install "grpo-lightning[math]", or uninstall it'
+                    ) from ended
         _log.warning(
             "math-verify was ended over %r, expected %r (at most %d s of CPU time): counts as wrong",
             *(found, expected, SECONDS),
         )
         return False
-
-
-def _start() -> "subprocess.Popen[str]":
-    # -P: the folder of the script holds a gym.py. The path: what this process can import, that one can.
-    command = [sys.executable, "-P", str(Path(__file__).with_name("math_worker.py")), str(SECONDS)]
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    pipe = subprocess.PIPE
-    process = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, env=env)
-    assert process.stdout is not None
-    if process.stdout.readline() != "ready\n":
-        raise ConfigError(
-            f"math-verify is installed but does not start (exit status {process.wait()}, see above): "
-            'repair it with pip install "grpo-lightning[math]", or uninstall it'
-        )
-    return process
-
-
-def _exchange(process: "subprocess.Popen[str]", line: str) -> str:
-    """Returns the line that the process answers, empty if it has ended."""
-    assert process.stdin is not None
-    assert process.stdout is not None
-    try:
-        process.stdin.write(f"{line}\n")
-        process.stdin.flush()
-    except BrokenPipeError:
-        return ""
-    return process.stdout.readline().strip()

@@ -9,6 +9,7 @@ from numbers import Real
 from typing import Any
 
 from grpo_lightning.errors import ConfigError, RewardError
+from grpo_lightning.rewards.time_limit import TimeLimitError
 from grpo_lightning.stopping import Stopped, listening
 
 LARGEST = 3e38
@@ -39,16 +40,18 @@ class Samples:
 
 
 @contextmanager
-def failures_named(name: str, samples: Samples) -> Iterator[None]:
+def failures_named(name: str, samples: Samples, seconds: float | None = None) -> Iterator[None]:
     """Turns an exception of the reward function `name` into a RewardError that shows the call's first sample.
 
     Among them what would end the process with exit code 0, or as if by Ctrl-C: sys.exit, KeyboardInterrupt. A
-    ConfigError passes: it says already what to change; a real signal does too.
+    ConfigError passes: it says already what to change; a real signal does too. `seconds` is the time limit.
     """
     try:
         yield
     except (ConfigError, Stopped, GeneratorExit):
         raise
+    except TimeLimitError:
+        raise late(name, samples, seconds) from None
     except BaseException as error:
         if _is_the_runs_own(error):
             raise
@@ -67,6 +70,15 @@ def _is_the_runs_own(error: BaseException) -> bool:
             return False
         return task is not None and task.cancelling() > 0
     return isinstance(error, KeyboardInterrupt) and not listening()
+
+
+def late(name: str, samples: Samples, seconds: float | None) -> RewardError:
+    """Returns the error of a call that took longer than `seconds`."""
+    return RewardError(
+        f"reward function {name!r} did not return within rollout.reward_timeout_s, {seconds:g} s; make it "
+        "faster, give what it waits for a time limit of its own, or raise rollout.reward_timeout_s\n"
+        f"The call was for {len(samples.completions)} completions; this is the first:{samples.show(0)}"
+    )
 
 
 def as_floats(name: str, returned: object, samples: Samples) -> list[float]:

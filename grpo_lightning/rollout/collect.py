@@ -17,6 +17,7 @@ from grpo_lightning.rewards.suite import Rewards, Scores
 from grpo_lightning.rollout.checks import bad_advantages, bad_logprobs, bad_penalty
 from grpo_lightning.rollout.engine import Request, RolloutEngine, describe, sample_seeds
 from grpo_lightning.rollout.groups import Place, fill
+from grpo_lightning.rollout.process_guard import random_kept
 from grpo_lightning.rollout.session import open_session
 from grpo_lightning.samples import Completion, PromptBatch, SamplingParams
 from grpo_lightning.stats import Stat, extreme, mean_of
@@ -219,7 +220,8 @@ class Collector:
             table = self._rewards(place.scores, [place.completions], 1, all_ranks=False)
             return bool(table.silent_groups(self.advantage))
 
-        with self._timed("generate", seconds):
+        # The states of random numbers are the process's: here a reward and the engine use them side by side.
+        with self._timed("generate", seconds), random_kept():
             replaced = fill(
                 places,
                 open_session(self.engine, self.sampling),
@@ -259,6 +261,7 @@ class Collector:
             completion_ids=[c.token_ids for c in completions],
             columns={k: repeat(v, self.num_generations) for k, v in prompts.columns.items()},
             trainer_state=trainer_state,
+            group_size=self.num_generations,
         )
         return texts, scores
 

@@ -165,7 +165,8 @@ def test_clocks_after_a_resume_in_the_middle_of_a_rollout(model_folder, tmp_path
 
 
 @pytest.mark.parametrize(
-    "name", ["reward", "num_tokens", "loss", "step_time", "grad_norm", "mine", "val/reward"]
+    "name",
+    ["reward", "num_tokens", "loss", "step_time", "grad_norm", "mine", "val/reward", "step", "epoch"],
 )
 def test_a_reward_function_may_not_take_the_name_of_a_metric(model_folder, tmp_path, name):
     def greedy(completions, log_metric, **_):
