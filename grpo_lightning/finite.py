@@ -11,7 +11,6 @@ All ranks decide alike. The norm of the gradient is waited for before the step, 
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from functools import reduce
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +20,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from grpo_lightning.errors import ConfigError, GRPOError
-from grpo_lightning.metrics import any_rank, gather
+from grpo_lightning.metrics import any_rank, gather, norm_of
 from grpo_lightning.ranges import check_numbers
 
 if TYPE_CHECKING:
@@ -125,7 +124,7 @@ def _withhold(optimizer: Any, scaler: Any) -> None:
 def check_weights(module: "GRPOModule") -> None:
     """Raises GRPOError, on all ranks together, if an optimizer step has left weights that are not finite."""
     trained = module.policy.trainable()
-    if any_rank(~finite(trained.values()).to(module.device)):
+    if any_rank(torch.tensor(not finite(trained.values()), device=module.device)):
         name = next((n for n, p in trained.items() if not p.isfinite().all()), "a weight of another rank")
         rates = [float(g["lr"]) for o in module.trainer.optimizers for g in o.param_groups]
         raise GRPOError(
@@ -135,20 +134,16 @@ def check_weights(module: "GRPOModule") -> None:
         )
 
 
-def finite(tensors: Iterable[Tensor]) -> Tensor:
-    """Returns whether all floating-point numbers of `tensors` are finite, [] bool, on the device of one.
+def finite(tensors: Iterable[Tensor]) -> bool:
+    """Returns whether all floating-point numbers of `tensors` are finite; waits for their device.
 
     Subclasses of Tensor, in which some optimizers pack their state, are left out.
     """
     plain = (Tensor, torch.nn.Parameter)
-    known = [t.detach() for t in tensors if type(t) in plain and t.is_floating_point() and t.numel()]
+    known = [t.detach() for t in tensors if type(t) in plain and t.is_floating_point()]
     known = [t.float() if t.dtype.itemsize < 2 else t for t in known]
-    if not known:
-        return torch.ones((), dtype=torch.bool)
-    # The largest magnitude of each: no overflow, and nan stays nan.
-    largest = torch._foreach_norm(known, math.inf)  # pyright: ignore[reportPrivateImportUsage]
-    wide = reduce(torch.promote_types, {x.dtype for x in largest}, torch.float32)
-    return torch.stack([x.to(largest[0].device, wide) for x in largest]).isfinite().all()
+    # The norm is the cheapest look at all of them; where it overflows, each is looked at.
+    return bool(norm_of(known).isfinite()) or all(bool(t.isfinite().all()) for t in known)
 
 
 def check_saved_numbers(

@@ -106,12 +106,16 @@ def _row(trainer: Any) -> int:
 
 def gradient_norm(params: Iterable[Tensor]) -> Tensor:
     """Returns the norm of all gradients together, [], in fp32 or wider, on their device."""
-    gradients = [p.grad for p in params if p.grad is not None]
-    if not gradients:
+    return norm_of([p.grad for p in params if p.grad is not None])
+
+
+def norm_of(tensors: list[Tensor]) -> Tensor:
+    """Returns the norm of all tensors together, [], in fp32 or wider, on the device of the first."""
+    if not tensors:
         return torch.zeros(())
-    # The squares of a 16-bit gradient neither fit into its type nor are precise in it.
-    wide = reduce(torch.promote_types, {g.dtype for g in gradients}, torch.float32)
-    norms = torch._foreach_norm(gradients, 2, dtype=wide)  # pyright: ignore[reportPrivateImportUsage]
+    # The squares of 16-bit numbers neither fit into their type nor are precise in it.
+    wide = reduce(torch.promote_types, {t.dtype for t in tensors}, torch.float32)
+    norms = torch._foreach_norm(tensors, 2, dtype=wide)  # pyright: ignore[reportPrivateImportUsage]
     return torch.stack([n.to(norms[0].device) for n in norms]).norm()
 
 
