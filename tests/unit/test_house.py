@@ -11,8 +11,8 @@ import pytest
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "grpo_lightning"
 FLOORS = [  # from the ground up; a module may import its own floor's neighbours below it, never above
-    ("errors", "ranges", "packing", "samples", "sealed", "atomic", "batch", "stats", "importing", "import_rules",
-     "untrusted", "yaml_text", "credentials", "options", "_lazy", "stopping"),
+    ("errors", "ranges", "packing", "samples", "sealed", "atomic", "batch", "stats", "importing",
+     "import_rules", "untrusted", "yaml_text", "credentials", "options", "_lazy", "stopping"),
     ("losses", "advantages"),
     ("ops",),
     ("models", "contents", "layouts",
