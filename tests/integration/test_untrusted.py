@@ -16,7 +16,7 @@ from commands import command
 from fits import data, module, rollout, trainer
 
 from grpo_lightning import GRPOModule
-from grpo_lightning.errors import ConfigError
+from grpo_lightning.errors import ConfigError, GRPOError
 from grpo_lightning.models import loading_options
 from grpo_lightning.untrusted import check_local
 from grpo_lightning.yaml_text import DEEPEST, MOST_ALIASED
@@ -84,7 +84,7 @@ def go(model_folder, tmp_path, way, path, **changes):
 def test_a_local_file_with_a_payload_is_not_run(way, plugins, payload, model_folder, tmp_path, monkeypatch):
     monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")  # overrules a caller who says nothing
     file, mark = payload
-    with pytest.raises(ConfigError, match=r"evil\.ckpt"):
+    with pytest.raises(GRPOError, match=r"evil\.ckpt"):
         go(model_folder, tmp_path, way, str(file), **PLUGINS[plugins])
     assert not mark.exists()
     torch.load(file, weights_only=False) if file.read_bytes()[:2] == b"PK" else pickle.loads(
