@@ -26,6 +26,7 @@ def save(module: "GRPOModule", checkpoint: dict[str, Any]) -> None:
     ours = checkpoint.setdefault("grpo_lightning", {})
     ours.update(
         {
+            "format": FORMAT,
             **_identity(module),
             **_remembered(module, "_described", describe),
             "contents": _remembered(module, "_contents", of_module),
@@ -45,6 +46,11 @@ def load(module: "GRPOModule", checkpoint: dict[str, Any]) -> None:
     theirs = checkpoint.get("grpo_lightning")
     if theirs is None:
         raise ConfigError("--ckpt_path: not a checkpoint of GRPOModule")
+    if theirs.get("format") != FORMAT:
+        raise ConfigError(
+            f"--ckpt_path: the checkpoint has format {theirs.get('format')}, this release reads {FORMAT}; "
+            "resume with the release that wrote it"
+        )
     for key, value in _identity(module).items():
         if theirs.get(key) != value:
             raise ConfigError(
@@ -101,7 +107,6 @@ def _reference_weights(module: "GRPOModule") -> dict[str, Tensor] | None:
 
 def _identity(module: "GRPOModule") -> dict[str, Any]:
     return {
-        "format": FORMAT,
         "model.quantization": module.quantization,
         "model.reference": None if module.reference is None else asdict(module.reference),
         "model.lora": lora_identity(module.lora),
