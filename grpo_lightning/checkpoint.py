@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from grpo_lightning.contents import of_module
-from grpo_lightning.errors import ConfigError
+from grpo_lightning.errors import ConfigError, GRPOError
 from grpo_lightning.finite import check_loaded_numbers, check_saved_numbers
 from grpo_lightning.lora import lora_identity
 from grpo_lightning.resume import describe, take_over_optimizer
@@ -20,7 +20,11 @@ FORMAT = 4
 
 
 def save(module: "GRPOModule", checkpoint: dict[str, Any]) -> None:
-    """Keeps what trains, and says what it belongs to."""
+    """Keeps what trains, and says what it belongs to; refuses weights that are half updated."""
+    if module.half_updated:
+        raise GRPOError(
+            "an optimizer step failed half way: nothing is saved; resume from the last checkpoint"
+        )
     trained = {f"policy.{name}" for name in module.policy.trainable()}
     checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in trained}
     ours = checkpoint.setdefault("grpo_lightning", {})

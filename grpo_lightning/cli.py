@@ -15,6 +15,7 @@ import lightning.pytorch as pl
 import yaml
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 
+from grpo_lightning.callbacks.health import Health
 from grpo_lightning.callbacks.last import resolve_last
 from grpo_lightning.callbacks.rollout import RolloutCallback
 from grpo_lightning.data.datamodule import PromptDataModule
@@ -91,11 +92,12 @@ class SaveConfig(SaveConfigCallback):
 
 
 class CLI(LightningCLI):
-    """`trainer`, `model`, `data` and `rollout`."""
+    """`trainer`, `model`, `data`, `rollout` and `health`."""
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Adds the rollout section and our defaults of the Trainer."""
+        """Adds the sections of our callbacks and our defaults of the Trainer."""
         parser.add_lightning_class_args(RolloutCallback, "rollout")
+        parser.add_lightning_class_args(Health, "health")
         parser.set_defaults(TRAINER_DEFAULTS)
         parser.usage = "grpo-lightning COMMAND [--config FILE ...] [--SECTION.KEY VALUE ...]"
 

@@ -39,6 +39,10 @@ class CheckpointError(GRPOError, RuntimeError):
     """A checkpoint could not be written, or what is there cannot be read."""
 
 
+class OutOfMemory(GRPOError, MemoryError):
+    """A device had no memory left; names what takes it, with present values."""
+
+
 def choices(value: object, allowed: Iterable[str]) -> str:
     """Returns `"'dapoo' (did you mean 'dapo'? allowed: bnpo, dapo)"`, for use in an error message."""
     names = sorted(allowed)

@@ -28,6 +28,7 @@ from grpo_lightning.reference import ReferenceConfig
 from grpo_lightning.resume import AsksForCheckpoints
 from grpo_lightning.samples import PromptBatch
 from grpo_lightning.stats import Stat, combine, values
+from grpo_lightning.trainer_support import TrainerSupport, explains
 from grpo_lightning.verification import check_totals, engine_gap, first_step_distance, rollout_stats
 from grpo_lightning.weight_dtypes import WeightsChanged, check_precision, check_trained
 
@@ -40,7 +41,7 @@ def _adamw(params: Any) -> torch.optim.Optimizer:
 
 
 @hinted
-class GRPOModule(AsksForCheckpoints):
+class GRPOModule(TrainerSupport, AsksForCheckpoints):
     """Trains a causal language model on rollouts.
 
     A batch is a `PromptBatch` into which a callback has put a `RolloutBatch`, or one of the parts that
@@ -222,6 +223,7 @@ class GRPOModule(AsksForCheckpoints):
                 batch = replace(batch, ref_logprobs=theirs.logprobs)
         return batch
 
+    @explains("train")
     def training_step(self, batch: RolloutBatch | PromptBatch, batch_idx: int) -> Tensor:
         """Returns this micro-batch's share of the loss, scaled for Lightning's and DDP's averages."""
         rollout = self.score(self._counted(_rollout_of(batch)), old=False)
@@ -238,12 +240,6 @@ class GRPOModule(AsksForCheckpoints):
         if self._window_is_full(batch_idx):
             self._log_window()
         return rollout.totals.micro_batches * out.loss
-
-    def validation_step(self, batch: PromptBatch, batch_idx: int) -> None:
-        """Does nothing: the rollout callback samples, scores and logs."""
-
-    def test_step(self, batch: PromptBatch, batch_idx: int) -> None:
-        """Does nothing: the rollout callback samples, scores and logs."""
 
     def predict_step(self, batch: PromptBatch, batch_idx: int) -> dict[str, list[Any]] | None:
         """Returns the samples of the batch as columns."""

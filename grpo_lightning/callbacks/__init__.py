@@ -7,16 +7,18 @@ from grpo_lightning._lazy import lazy
 if TYPE_CHECKING:
     from grpo_lightning.callbacks.checkpoint import AdapterCheckpointIO
     from grpo_lightning.callbacks.evaluation import ValidationConfig
+    from grpo_lightning.callbacks.health import Health
     from grpo_lightning.callbacks.report import RunReport
     from grpo_lightning.callbacks.rollout import RolloutCallback
     from grpo_lightning.callbacks.sample_table import SampleTable
 
-__all__ = ["AdapterCheckpointIO", "RolloutCallback", "RunReport", "SampleTable", "ValidationConfig"]
+__all__ = ["AdapterCheckpointIO", "Health", "RolloutCallback", "RunReport", "SampleTable", "ValidationConfig"]
 
 __getattr__, __dir__ = lazy(
     __name__,
     {
         "AdapterCheckpointIO": "checkpoint",
+        "Health": "health",
         "RolloutCallback": "rollout",
         "RunReport": "report",
         "SampleTable": "sample_table",

@@ -2,7 +2,6 @@
 
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from time import perf_counter
 from typing import Any, Literal
 
@@ -16,6 +15,7 @@ from grpo_lightning.callbacks.memory import Cutter, check_micro_batches
 from grpo_lightning.callbacks.parts import make_parts
 from grpo_lightning.callbacks.plan import print_plan
 from grpo_lightning.callbacks.policy_check import PolicyCheck
+from grpo_lightning.callbacks.recorder import Recorder
 from grpo_lightning.callbacks.rollout_metrics import RolloutMetrics
 from grpo_lightning.callbacks.state import batch_state, restore
 from grpo_lightning.callbacks.stopping import Stopping, together
@@ -38,7 +38,6 @@ from grpo_lightning.rollout.collect import Collector, Rollout
 from grpo_lightning.rollout.engine import RolloutEngine
 from grpo_lightning.rollout.hf import HFEngine
 from grpo_lightning.rollout.process_guard import random_state
-from grpo_lightning.rollout.recording import record
 from grpo_lightning.samples import PromptBatch, SamplingParams
 from grpo_lightning.stopping import at_once
 
@@ -119,7 +118,7 @@ class RolloutCallback(Callback):
         self.zero_variance_groups = zero_variance_groups
         self.validation, self.seed, self._given_seed = validation, seed, seed
         self.policy_check = PolicyCheck(on_policy_mismatch)
-        self.record_to = None if record_to is None else Path(record_to)
+        self.recorder = Recorder(record_to)
         self._parts: list[RolloutBatch] = []
         self._samples: dict[str, list[Any]] | None = None
         self._clock, self._started, self._stopping = Clock(), False, Stopping()
@@ -223,8 +222,7 @@ class RolloutCallback(Callback):
         rollout = collected(collector, prompts, trainer, module)
         self.engine.sleep()
         self._samples = rollout.samples
-        if self.record_to is not None:
-            record(self.record_to, trainer.global_rank, rollout.requests, rollout.completions)
+        self.recorder.write(trainer, rollout)
         scoring = perf_counter()
         parts, dropped = make_parts(rollout, collector, self, trainer, module)
         seconds = {"score": perf_counter() - scoring, "rollout": perf_counter() - started}

@@ -1,5 +1,6 @@
 """`SampleTable`: what the model wrote, on the screen and on disk."""
 
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from lightning.pytorch.callbacks import Callback
 
 from grpo_lightning.errors import ConfigError, hinted
 from grpo_lightning.samples import PromptBatch
+from grpo_lightning.telemetry import BestEffort
 
 
 @hinted
@@ -35,6 +37,7 @@ class SampleTable(Callback):
             raise ConfigError(f"SampleTable.every_n_steps is {every_n_steps}; it must be at least 1")
         self.every_n_steps, self.rows, self.unique_prompts = every_n_steps, rows, unique_prompts
         self.width, self.folder = width, folder
+        self._shown, self._written = BestEffort("SampleTable"), BestEffort("SampleTable")
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -45,12 +48,34 @@ class SampleTable(Callback):
             return
         step = trainer.global_step
         if self.folder is not None:
-            from grpo_lightning.rollout.recording import write_parquet
-
-            name = f"completions-{step:06d}-rank{trainer.global_rank}.parquet"
-            write_parquet(Path(trainer.default_root_dir, self.folder, name), batch.samples)
+            path = Path(trainer.default_root_dir, self.folder)
+            path /= f"completions-{step:06d}-rank{trainer.global_rank}.parquet"
+            with self._written.attempt(f"write {path}", "without that file"):
+                write_samples(path, batch.samples)
         if trainer.is_global_zero:
-            show(f"step {step}", batch.samples, self.rows, self.width, self.unique_prompts)
+            with self._shown.attempt("print samples", "without that table"):
+                show(f"step {step}", batch.samples, self.rows, self.width, self.unique_prompts)
+
+
+def write_samples(path: Path, samples: Mapping[str, Sequence[Any]]) -> None:
+    """Writes samples to parquet; columns of several types, which it does not take, as text, and says so."""
+    import pyarrow as pa
+
+    from grpo_lightning.rollout.recording import write_parquet
+
+    columns = dict(samples)
+    for name, values in samples.items():
+        try:
+            pa.array(values)
+        except pa.ArrowException:
+            columns[name] = [None if v is None else str(v) for v in values]
+            # The text never changes, so that Python shows it once per run.
+            warnings.warn(
+                f"SampleTable writes column {name!r} as text: parquet takes no values of several types, nor "
+                "arbitrary objects",
+                stacklevel=2,
+            )
+    write_parquet(path, columns)
 
 
 def show(

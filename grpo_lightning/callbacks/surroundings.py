@@ -19,6 +19,7 @@ from grpo_lightning.callbacks.checkpoint import guard_folders
 from grpo_lightning.callbacks.memory import check_micro_batches
 from grpo_lightning.errors import ConfigError, choices
 from grpo_lightning.losses import LossConfig
+from grpo_lightning.out_of_memory import explained
 from grpo_lightning.ranges import check_numbers
 from grpo_lightning.rewards.suite import Rewards
 from grpo_lightning.rollout.collect import Collector, Rollout
@@ -71,7 +72,8 @@ def start_engine(
     """Starts an engine; rotary factors that depend on lengths are fixed as it takes them, by its longest."""
     context = engine_context(trainer, module, sampling, other)
     context.policy.fit_lengths(getattr(engine, "max_model_len", None) or context.max_model_len)
-    engine.start(context)
+    with explained(trainer, "start"):
+        engine.start(context)
 
 
 def run_seed(seed: int | None) -> int:
@@ -203,7 +205,7 @@ def check_accumulation(trainer: pl.Trainer) -> None:
 @contextmanager
 def profiled(trainer: pl.Trainer, name: str) -> Iterator[None]:
     block: AbstractContextManager[Any] = trainer.profiler.profile(f"rollout/{name}")  # pyright: ignore
-    with block:
+    with explained(trainer, name), block:
         yield
 
 

@@ -11,12 +11,17 @@ from grpo_lightning.samples import Completion, SamplingParams
 
 
 def write_parquet(path: Path, columns: Mapping[str, Sequence[Any]]) -> None:
-    """Writes columns of equal length."""
+    """Writes columns of equal length; a file under its name is whole."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    pq.write_table(pa.table(dict(columns)), path)
+    unfinished = path.with_name(f".{path.name}.tmp")
+    try:
+        pq.write_table(pa.table(dict(columns)), unfinished)
+        unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)
 
 
 def record(

@@ -25,8 +25,8 @@ FLOORS = [  # from the ground up; a module may import its own floor's neighbours
      "rollout.vllm_session", "rollout.vllm_compat", "rollout.vllm_adapter", "rollout.shared_base",
      "rollout.update_share",
      "rollout.vllm_options", "schedulers"),
-    ("metrics", "rollout.collect", "rollout"),
-    ("module", "finite", "checkpoint", "resume", "verification", "callbacks"),
+    ("metrics", "telemetry", "out_of_memory", "rollout.collect", "rollout"),
+    ("module", "trainer_support", "finite", "checkpoint", "resume", "verification", "callbacks"),
     ("faults", "preflight", "usage", "cli", "__main__"),
 ]  # fmt: skip
 
