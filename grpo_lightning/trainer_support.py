@@ -1,6 +1,6 @@
 """What a Trainer may do with the module besides training it: each works, or is refused at once."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import lightning.pytorch as pl
@@ -12,6 +12,7 @@ from grpo_lightning.errors import ConfigError
 from grpo_lightning.out_of_memory import explained, explains
 from grpo_lightning.telemetry import guard_loggers
 
+FOREIGN = "pytorch_lightning"
 REFUSED: dict[type[theirs.Callback], str] = {
     theirs.LearningRateFinder: "a few steps do not say which rate is good for a run, and it is an "
     "argument of model.optimizer; compare runs with other model.optimizer.init_args.lr",
@@ -27,6 +28,19 @@ REFUSED: dict[type[theirs.Callback], str] = {
 """Callbacks of Lightning that cannot do their work here, and what to do instead."""
 
 
+def check_roots(things: Iterable[object]) -> None:
+    """Raises ConfigError for an object of `pytorch_lightning`, whose classes `lightning` does not know.
+
+    It would run in part: a foreign ModelCheckpoint, for one, comes beside the Trainer's own.
+    """
+    for thing in things:
+        if any(kind.__module__.partition(".")[0] == FOREIGN for kind in type(thing).__mro__):
+            raise ConfigError(
+                f"{type(thing).__name__} is of {FOREIGN}, another copy of Lightning with its own classes: "
+                "import it, or what it is made from, from lightning.pytorch"
+            )
+
+
 class TrainerSupport(pl.LightningModule):
     """Checks the Trainer before anything is loaded, and takes weights over from other processes."""
 
@@ -38,19 +52,23 @@ class TrainerSupport(pl.LightningModule):
         """Adds none; it is the first hook of a run, before loggers connect and weights are loaded.
 
         Raises:
-            ConfigError: the module is compiled, or a callback cannot do its work.
+            ConfigError: the module is compiled, a class comes from another Lightning, or a callback cannot do
+                its work.
         """
+        trainer: Any = self.trainer
+        data = getattr(trainer, "datamodule", None)
+        check_roots([self, data, trainer.strategy, *trainer.callbacks, *trainer.loggers])
         if self._compiler_ctx is not None:
             to_uncompiled(self)
             raise ConfigError(
                 "the Trainer got torch.compile(module), whose steps take minutes to compile and fail at the "
                 "hooks inside; give it the module itself: model.kernels holds what makes it fast"
             )
-        for callback in self.trainer.callbacks:  # pyright: ignore[reportAttributeAccessIssue]
+        for callback in trainer.callbacks:
             for kind, reason in REFUSED.items():
                 if isinstance(callback, kind):
                     raise ConfigError(f"trainer.callbacks has {type(callback).__name__}: {reason}")
-        guard_loggers(self.trainer)
+        guard_loggers(trainer)
         return []
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:

@@ -62,6 +62,21 @@ def test_callbacks_that_cannot_do_their_work(model_folder, tmp_path, name):
     assert m.policy is None
 
 
+@pytest.mark.parametrize("kind", ["callbacks.ModelCheckpoint", "callbacks.Timer", "loggers.CSVLogger"])
+def test_classes_of_another_lightning_are_refused(model_folder, tmp_path, kind):
+    import pytorch_lightning
+
+    place, _, name = kind.partition(".")
+    foreign = getattr(getattr(pytorch_lightning, place), name)
+    own = type("Own", (foreign,), {})
+    for made in (foreign, own):
+        m, thing = module(model_folder), made(tmp_path) if place == "loggers" else made()
+        given = {"logger": thing} if place == "loggers" else {}
+        with pytest.raises(ConfigError, match=f"{made.__name__} is of pytorch_lightning"):
+            trainer(tmp_path, rollout(), *([] if given else [thing]), **given).fit(m, data())
+        assert m.policy is None
+
+
 @pytest.mark.parametrize(
     ("tune", "remedy"),
     [("lr_find", r"model\.optimizer\.init_args\.lr"), ("scale_batch_size", r"data\.prompts_per_rollout")],
