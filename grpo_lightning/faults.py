@@ -107,7 +107,8 @@ def _evidence(key: str, value: Any, message: str, frames: list[FrameType]) -> in
     if name == "class_path":
         own = str(value).rpartition(".")[2]
         running = any(f.f_code.co_qualname.startswith(f"{own}.") for f in frames[-3:])
-        return 3 if re.search(rf"\b{re.escape(own)}\b", message) else 2 if running else 0
+        missing = running and re.search("not met|not installed|No module named", message)  # a package
+        return 3 if missing or re.search(rf"\b{re.escape(own)}\b", message) else 2 if running else 0
     items = value if isinstance(value, list) else [value]
     said = [str(x) for x in items if isinstance(x, _PLAIN) and re.search(_whole(str(x)), message)]
     points += 3 if any(len(text) > 2 and not _number(text) for text in said) else 1 if said else 0
