@@ -71,3 +71,15 @@ def test_every_metric_is_in_the_table_of_metrics(model_folder, tmp_path):
     cells = [line.split("|")[1] for line in rows if line.startswith("| `")]
     assert len(names) > 30
     assert [n for n in names if not any(documented(n, c) for c in cells)] == []
+
+
+def test_every_fault_is_on_the_page_of_reliability_with_tests_that_exist():
+    page = (ROOT / "docs" / "reliability.md").read_text()
+    files = list((ROOT / "tests").rglob("test_*.py"))
+    known = {f.stem for f in files} | {n for f in files for n in re.findall(r"def (test_\w+)", f.read_text())}
+    named = set(re.findall(r"\btest_\w+", page))
+    assert len(named) > 150
+    assert not named - known
+    rows = [line for line in page.splitlines() if re.match(r"\| [FS\u00a7L]", line)]
+    assert not [f"F{i:02}" for i in range(1, 61) if not any(f"F{i:02}" in row.split("|")[1] for row in rows)]
+    assert not [row for row in rows if row.startswith("| F") and "test_" not in row and "`K`" not in row]
