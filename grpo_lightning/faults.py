@@ -112,7 +112,7 @@ def _evidence(key: str, value: Any, message: str, frames: list[FrameType]) -> in
     items = value if isinstance(value, list) else [value]
     said = [str(x) for x in items if isinstance(x, _PLAIN) and re.search(_whole(str(x)), message)]
     points += 3 if any(len(text) > 2 and not _number(text) for text in said) else 1 if said else 0
-    common = value in ("", None, True, False)  # too many arguments have these
+    common = value is None or value == "" or isinstance(value, bool)  # too many arguments have these
     points += (1 if common else 2) * any(_holds(frame, name, value) for frame in frames[-3:])
     return points
 

@@ -111,6 +111,8 @@ def rehearse(trainer: pl.Trainer, module: Any, data: Any, stage: str) -> None:
     module.trainer = data.trainer = trainer
     trainer.datamodule = data  # pyright: ignore[reportAttributeAccessIssue]
     data.setup(stage)
+    if stage == "fit":
+        data._check_trainer()
     if stage == "fit" and (prompts := data._prompts.get("train")) is not None:
         check_enough(len(prompts), data.prompts_per_rollout)
     for callback in trainer.callbacks:  # pyright: ignore[reportAttributeAccessIssue]
