@@ -47,6 +47,7 @@ class AdapterCheckpointIO(TorchCheckpointIO):
         self.locks: dict[Path, RunLock | None] = {}
         """the folders of this run's ModelCheckpoints; None until there is something to keep others out of"""
         self._launch = self._resumed = 0
+        self._saved: Path | None = None
 
     def guard(self, folder: Path) -> None:
         """Makes this run the only one that writes into a folder, once it exists, and tidies up there.
@@ -86,6 +87,7 @@ class AdapterCheckpointIO(TorchCheckpointIO):
             if seal.adapter:
                 write_adapter_of(checkpoint, new_adapter, seal)
             publish(new, file, new_adapter if seal.adapter else None)
+        self._saved = file
 
     def _seal(self, checkpoint: dict[str, Any]) -> Seal:
         self._launch = self._launch or max(time.time_ns(), self._resumed + 1)
@@ -114,9 +116,15 @@ class AdapterCheckpointIO(TorchCheckpointIO):
         return loaded
 
     def remove_checkpoint(self, path: Any) -> None:
-        """Removes both; only warns if that fails, since nothing is lost."""
+        """Removes both; only warns if that fails, since nothing is lost.
+
+        A link to it is led to the newest first: Lightning removes the old one before it renews `last`.
+        """
         file = local_path(path)
         try:
+            for link in file.parent.glob("*.ckpt"):
+                if self._saved and link.is_symlink() and link != file and link.resolve() == file.resolve():
+                    point(link, self._saved)
             with moved_away(adapter_folder(file)):
                 if file.is_dir() and not file.is_symlink():
                     shutil.rmtree(file)
@@ -183,13 +191,18 @@ def replace_link(trainer: pl.Trainer, filepath: str, linkpath: str) -> None:
     """
     file, link = Path(filepath), Path(linkpath)
     if trainer.is_global_zero and file.absolute() != link.absolute():
-        new, new_adapter = temporary(link), temporary(adapter_folder(link))
-        with removed_after(new, new_adapter), failures_named(link, new):
-            new.symlink_to(os.path.relpath(file, link.parent))
-            if adapter := adapter_folder(file).is_dir():
-                new_adapter.symlink_to(os.path.relpath(adapter_folder(file), link.parent))
-            publish(new, link, new_adapter if adapter else None)
+        point(link, file)
     trainer.strategy.barrier()
+
+
+def point(link: Path, file: Path) -> None:
+    """Makes a link to a checkpoint, and one to its adapter."""
+    new, new_adapter = temporary(link), temporary(adapter_folder(link))
+    with removed_after(new, new_adapter), failures_named(link, new):
+        new.symlink_to(os.path.relpath(file, link.parent))
+        if adapter := adapter_folder(file).is_dir():
+            new_adapter.symlink_to(os.path.relpath(adapter_folder(file), link.parent))
+        publish(new, link, new_adapter if adapter else None)
 
 
 def adapter_folder(path: Any) -> Path:

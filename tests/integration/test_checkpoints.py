@@ -374,6 +374,18 @@ def test_last_as_a_link(model_folder, tmp_path):
     assert pairs(tmp_path / "cut" / "ckpt")["last"] == 3
 
 
+def test_a_link_is_led_elsewhere_before_its_checkpoint_is_removed(content, tmp_path):
+    """Lightning saves, removes the old one, then renews the link: a kill between the two left it dangling."""
+    io, link = AdapterCheckpointIO(), tmp_path / "last.ckpt"
+    io.save_checkpoint(at(1, content), tmp_path / "step=1.ckpt")
+    replace_link(Alone(), str(tmp_path / "step=1.ckpt"), str(link))
+    io.save_checkpoint(at(2, content), tmp_path / "step=2.ckpt")
+    assert pairs(tmp_path)["last"] == 1
+    io.remove_checkpoint(tmp_path / "step=1.ckpt")
+    expected = {"last": 2, "last-adapter": True, "step=2": 2, "step=2-adapter": True}
+    assert pairs(tmp_path) == expected
+
+
 def test_the_command_line_takes_the_newest_sound_one(model_folder, tmp_path):
     """F07, F08, F46: exit codes and lines as a person meets them."""
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"prompt": f"say {i}"}) + "\n" for i in range(8)))
