@@ -125,11 +125,18 @@ def right_way(policy: Policy) -> Way:
                 rank_zero_warn(f"HFEngine decodes {model} {name}: otherwise its decoding {reasons[-1]}")
             return way
         reasons.append(reason)
-    if alone(policy, ids, kernels=True).isnan().any():
+    if _ruined(policy, ids):
         raise EngineError(not_finite(policy.causal))
     raise EngineError(
         f"HFEngine cannot decode {type(policy.causal).__name__}: it {reasons[-1]}; use another architecture"
     )
+
+
+def _ruined(policy: Policy, ids: list[int]) -> bool:
+    try:
+        return bool(alone(policy, ids, kernels=True).isnan().any())
+    except Exception:  # what the ways of decoding have met already
+        return False
 
 
 def _why_wrong(policy: Policy, requests: Sequence[Request], way: Way) -> str | None:
