@@ -5,14 +5,14 @@ import signal
 import subprocess
 import sys
 import time
-from threading import Event, Thread, main_thread
+from threading import Event, Thread, current_thread, main_thread
 from typing import Any
 
 import lightning.pytorch as pl
 import torch.distributed as dist
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 
-from grpo_lightning.stopping import received
+from grpo_lightning.stopping import EXIT_CODES, received
 
 EVERY = 0.5
 """seconds between two looks"""
@@ -36,6 +36,7 @@ class RankWatch(Thread):
         self._store, self._rank = store, rank
         self._closed = Event()
         self._told = False
+        self._woken, self._waker, self._before = -1, -1, -1
 
     @classmethod
     def of(cls, trainer: pl.Trainer) -> "RankWatch | None":
@@ -43,8 +44,15 @@ class RankWatch(Thread):
         if trainer.world_size == 1 or not dist.is_initialized():
             return None
         watch = cls(dist.distributed_c10d._get_default_store(), trainer.global_rank)
+        watch._listen()
         watch.start()
         return watch
+
+    def _listen(self) -> None:
+        """Has signals' numbers written into a pipe: handlers do not run while a collective waits."""
+        if current_thread() is main_thread():
+            self._woken, self._waker = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+            self._before = signal.set_wakeup_fd(self._waker, warn_on_full_buffer=False)
 
     def run(self) -> None:
         """Looks until `close`."""
@@ -66,16 +74,32 @@ class RankWatch(Thread):
     def close(self) -> None:
         """Ends the thread."""
         self._closed.set()
+        if self._waker >= 0:
+            signal.set_wakeup_fd(self._before)
+            self.join(4 * EVERY)
+            if not self.is_alive():  # else it may be reading
+                os.close(self._waker)
+                os.close(self._woken)
+            self._waker = -1
 
     def _share_signal(self) -> None:
         if self._told:
             return
-        if received() is not None:
-            self._store.set(STOP, str(received()))
+        signum = received() or self._signalled()
+        if signum is not None:
+            self._store.set(STOP, str(signum))
             self._told = True
         elif self._store.check([STOP]):
             self._told = True
             signal.pthread_kill(main_thread().ident or 0, signal.SIGTERM)  # as if this rank had been told
+
+    def _signalled(self) -> int | None:
+        """Returns a signal that has come, whether or not its handler could run."""
+        try:
+            numbers = os.read(self._woken, 64) if self._waker >= 0 else b""
+        except BlockingIOError:
+            return None
+        return next((n for n in numbers if n in EXIT_CODES), None)
 
     def _leave(self, why: str) -> None:
         """Ends the process unless its main thread does: what waits for a dead rank may wait forever."""
