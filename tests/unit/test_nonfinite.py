@@ -11,7 +11,8 @@ from grpo_lightning.advantages import ADVANTAGES, RewardTable, compute_advantage
 from grpo_lightning.callbacks.parts import _unsound
 from grpo_lightning.errors import ConfigError, EngineError, GRPOError, RewardError
 from grpo_lightning.finite import finite
-from grpo_lightning.losses import LossConfig, policy_loss, register_surrogate
+from grpo_lightning.losses import RECIPES, LossConfig, policy_loss, register_surrogate
+from grpo_lightning.losses.surrogates import SURROGATES
 from grpo_lightning.losses.trial import check_surrogate
 from grpo_lightning.policy import Policy
 from grpo_lightning.rewards.suite import Rewards
@@ -227,6 +228,17 @@ def sound(ratio, advantages, logprobs, log_ratio, old_logprobs, correction, sele
     return -ratio * advantages * correction * selected + 0.0 * (logprobs + log_ratio + old_logprobs)
 
 
+@pytest.fixture
+def tables():
+    """Puts the tables of losses back, which other tests read as a whole."""
+    before = [(table, dict(table)) for table in (SURROGATES, RECIPES)]
+    yield
+    for table, rows in before:
+        table.clear()
+        table.update(rows)
+
+
+@pytest.mark.usefixtures("tables")
 @pytest.mark.parametrize(
     ("function", "says"),
     [
@@ -248,6 +260,7 @@ def test_surrogates_of_another_shape(function, says):
             policy_loss(torch.zeros(len(batch.target_ids)), batch, config)
 
 
+@pytest.mark.usefixtures("tables")
 @pytest.mark.parametrize("changes", [{}, {"kl_coef": 0.1, "entropy_coef": 0.1, "top_entropy_quantile": 0.5}])
 def test_a_surrogate_that_works(changes):
     register_surrogate("mine.sound")(sound)
