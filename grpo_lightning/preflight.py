@@ -77,6 +77,8 @@ RULES: dict[str, Callable[[Any, Mapping[str, Any]], str | None]] = {
 def check_values(parser: Any, config: Mapping[str, Any]) -> None:
     """Raises ConfigError for what the parser lets pass: null, nan, a value for a section, what RULES refuse.
 
+    Arguments of classes are theirs to judge.
+
     Args:
         parser: of the command.
         config: dotted option -> value.
@@ -89,7 +91,7 @@ def check_values(parser: Any, config: Mapping[str, Any]) -> None:
             raise ConfigError(f"{key} is {value!r:.100}; it must be a mapping with any of {inside}")
         if value is None and not _takes_null(options.get(key)):
             raise ConfigError(f"{key} is null; leave it out, or give it a value: {options[key]._typehint}")
-        if isinstance(value, float) and math.isnan(value):
+        if isinstance(value, float) and math.isnan(value) and ".init_args." not in key:
             raise ConfigError(f"{key} is nan; it must be a number")
     for key, rule in RULES.items():
         if (value := config.get(key)) is not None and (allowed := rule(value, config)):

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from grpo_lightning.errors import ConfigError, choices
-from grpo_lightning.importing import import_object
+from grpo_lightning.importing import import_class
 from grpo_lightning.options import explain
 from grpo_lightning.untrusted import refused_import
 from grpo_lightning.yaml_text import load_yaml
@@ -112,8 +112,14 @@ def _in_value(value: Any, hint: Any, key: str) -> Iterator[tuple[str, list[str]]
 def _parameters(class_path: Any) -> list[str]:
     """Returns the names that a class takes; none where it takes any, or where there is no such class."""
     try:
-        parameters = inspect.signature(import_object(str(class_path), "class_path")).parameters
-    except (ConfigError, TypeError, ValueError):  # a short name, or no class: the parser reads it
+        parameters = inspect.signature(import_class(str(class_path))).parameters
+    except (
+        ConfigError,
+        AttributeError,
+        ImportError,
+        TypeError,
+        ValueError,
+    ):  # a short name, or no class: the parser reads it
         return []
     kinds = {p.kind for p in parameters.values()}
     return [] if inspect.Parameter.VAR_KEYWORD in kinds else list(parameters)

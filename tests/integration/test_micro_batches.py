@@ -6,7 +6,7 @@ from fits import data, long, module, rollout, rows_of, same_bits, sgd, trainer, 
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 
 from grpo_lightning.callbacks import memory
-from grpo_lightning.errors import ConfigError
+from grpo_lightning.errors import ConfigError, OutOfMemory
 from grpo_lightning.losses import LossConfig
 
 LOSSES = [
@@ -166,7 +166,7 @@ def test_running_out_of_memory_is_not_hidden(model_folder, tmp_path, monkeypatch
 
     device = Full(100_000)
     monkeypatch.setitem(memory.METERS, "cpu", lambda *_: device)
-    with pytest.raises(torch.OutOfMemoryError, match="no room"):
+    with pytest.raises(OutOfMemory, match="no room"):
         fit(model_folder, tmp_path, "auto", {"name": "dapo"}, device)
 
 

@@ -94,7 +94,7 @@ def test_nan_gradients_stop_the_run_and_no_checkpoint_holds_one(fit, ruin):
 
 def test_one_nan_gradient_is_skipped_and_said(fit, ruin):
     code, said, kept = fit(callbacks=[bad_gradient(2)])
-    assert code == 0
+    assert code == 0, said
     assert "optimizer step 2 is skipped" in said
     assert len(kept) == 9
     assert_finite(kept)
