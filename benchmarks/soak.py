@@ -86,6 +86,9 @@ class Whole:
         for line in _said(root):
             key = (line["what"], line["step"])
             seen.add(key)
+            if key not in self.lines:
+                wrong.append(f"launch {line['launch']} {key} is not of the whole run")
+                continue
             found, expected = _comparable(line["values"]), _comparable(self.lines[key])
             wrong += [f"launch {line['launch']} {key} {d}" for d in same(found, expected)]
         missing = self.lines.keys() - seen
