@@ -226,7 +226,11 @@ def main(argv: list[str] | None = None) -> Soak:
             result = {"kills": soak.kills, "steps": STEPS, "minutes": round(minutes, 1), "seed": args.seed}
             counts = {"tally": dict(sorted(soak.tally.items())), "operations": dict(sorted(soak.at.items()))}
             versions = setting(torch.device("cpu"))
-            save(f"soak-{args.seed}", {**versions, **result, "differences": soak.wrong, **counts}, args.out)
+            save(
+                "soak" if args.seed == 0 else f"soak-{args.seed}",
+                {**versions, **result, "differences": soak.wrong, **counts},
+                args.out,
+            )
     print(
         table(("kills", "count"), soak.tally.items()),
         table(("killed before", "count"), soak.at.items()),
