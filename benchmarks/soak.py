@@ -171,10 +171,10 @@ class Soak:
         whole, way = self.whole[kind], self.random.choice(WAYS)
         operations = None
         if kill and way == "operation":
-            # In turn, so that every operation of a save is met; but most writes are alike.
+            # In strides, so that all operations of a save are met; but most writes are alike.
             save_of = whole.saves[self.random.randrange(max(1, len(whole.saves) - newest))]
             steps = [i for i in save_of if whole.operations[i][0] != "write" or self.random.random() < 0.02]
-            operations = Operations(kill_at=steps[self.turn[kind] % len(steps)])
+            operations = Operations(kill_at=steps[self.turn[kind] * 17 % len(steps)])
             self.turn[kind] += 1
         pids = killed.launch(self.model, kind, root, number, resume=number > 0, operations=operations)
         if kill and operations is None:
