@@ -86,6 +86,9 @@ class Whole:
         for line in _said(root):
             key = (line["what"], line["step"])
             seen.add(key)
+            if key not in self.lines:
+                wrong.append(f"launch {line['launch']} {key} is not of the whole run")
+                continue
             found, expected = _comparable(line["values"]), _comparable(self.lines[key])
             wrong += [f"launch {line['launch']} {key} {d}" for d in same(found, expected)]
         missing = self.lines.keys() - seen
@@ -168,10 +171,10 @@ class Soak:
         whole, way = self.whole[kind], self.random.choice(WAYS)
         operations = None
         if kill and way == "operation":
-            # In turn, so that every operation of a save is met; but most writes are alike.
+            # In strides, so that all operations of a save are met; but most writes are alike.
             save_of = whole.saves[self.random.randrange(max(1, len(whole.saves) - newest))]
             steps = [i for i in save_of if whole.operations[i][0] != "write" or self.random.random() < 0.02]
-            operations = Operations(kill_at=steps[self.turn[kind] % len(steps)])
+            operations = Operations(kill_at=steps[self.turn[kind] * 17 % len(steps)])
             self.turn[kind] += 1
         pids = killed.launch(self.model, kind, root, number, resume=number > 0, operations=operations)
         if kill and operations is None:
@@ -223,7 +226,11 @@ def main(argv: list[str] | None = None) -> Soak:
             result = {"kills": soak.kills, "steps": STEPS, "minutes": round(minutes, 1), "seed": args.seed}
             counts = {"tally": dict(sorted(soak.tally.items())), "operations": dict(sorted(soak.at.items()))}
             versions = setting(torch.device("cpu"))
-            save(f"soak-{args.seed}", {**versions, **result, "differences": soak.wrong, **counts}, args.out)
+            save(
+                "soak" if args.seed == 0 else f"soak-{args.seed}",
+                {**versions, **result, "differences": soak.wrong, **counts},
+                args.out,
+            )
     print(
         table(("kills", "count"), soak.tally.items()),
         table(("killed before", "count"), soak.at.items()),

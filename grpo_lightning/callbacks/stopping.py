@@ -84,9 +84,13 @@ class Stopping:
     def note(self, trainer: pl.Trainer, rollout: "RolloutCallback") -> None:
         """Notes the end of an optimizer step, or the start of training."""
         data = getattr(trainer, "datamodule", None)
+        loops = deepcopy(trainer._checkpoint_connector._get_loops_state_dict())
+        if not loops["fit_loop"]["epoch_loop.batch_progress"]["total"]["ready"]:
+            # A restart adds 1 for the step it is saved in; before the first there is none.
+            loops["fit_loop"]["epoch_loop.state_dict"]["_batches_that_stepped"] = -1
         self._boundary = Boundary(
             step=trainer.global_step,
-            loops=deepcopy(trainer._checkpoint_connector._get_loops_state_dict()),
+            loops=loops,
             data={} if data is None else deepcopy(data.state_dict()),
             random=random_state(),
             parts=rollout._parts,

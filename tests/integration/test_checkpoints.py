@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from commands import command
-from fits import data, module, rollout, same_bits, trainer, weights
+from fits import data, module, rollout, rows_of, same_bits, trainer, weights
 from killed import Operations
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from safetensors.torch import load_file
@@ -430,6 +430,29 @@ def test_the_command_line_takes_the_newest_sound_one(model_folder, tmp_path):
     done = fit(4, "--ckpt_path", "rows.jsonl")
     assert done.code == 1
     assert "rows.jsonl is truncated, or not a checkpoint" in done.err
+
+
+def test_a_run_that_is_stopped_before_its_first_step_logs_the_steps_of_the_whole_run(model_folder, tmp_path):
+    root, saver = tmp_path, {"every_n_train_steps": 1, "filename": "{step}"}
+
+    def stops(completions, **_):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return [0.0] * len(completions)
+
+    pid = os.fork()
+    if pid == 0:
+        try:
+            t = trainer(root / "a", rollout(reward_funcs=[stops]), ModelCheckpoint(root / "ckpt", **saver))
+            t.fit(module(model_folder), data())
+        finally:
+            os._exit(0)
+    os.waitpid(pid, 0)
+    stopped = root / "ckpt" / "stopped.ckpt"
+    assert read_seal(stopped).step == 0
+    trainer(root / "b", rollout(), ModelCheckpoint(root / "ckpt", **saver)).fit(
+        module(model_folder), data(), ckpt_path=stopped
+    )
+    assert [int(r["step"]) for r in rows_of(root / "b") if r["loss"]] == [0, 1, 2]
 
 
 def test_a_short_soak(tmp_path):
