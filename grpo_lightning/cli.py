@@ -16,7 +16,7 @@ import yaml
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 
 from grpo_lightning.callbacks.health import Health
-from grpo_lightning.callbacks.last import resolve_last
+from grpo_lightning.callbacks.last import AUTO, resolve_last
 from grpo_lightning.callbacks.rollout import RolloutCallback
 from grpo_lightning.data.datamodule import PromptDataModule
 from grpo_lightning.errors import ConfigError, GRPOError
@@ -142,10 +142,10 @@ class CLI(LightningCLI):
         check_config(self.config[self.config.subcommand])
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
-        """Takes the newest sound checkpoint for `last`; Lightning would take the latest file."""
+        """Looks for `last` and `auto` before anything else."""
         given = super()._prepare_subcommand_kwargs(subcommand)
-        if given.get("ckpt_path") == "last":
-            given["ckpt_path"] = resolve_last(self.trainer, fit=subcommand == "fit")
+        if (asked := given.get("ckpt_path")) in ("last", AUTO):
+            given["ckpt_path"] = resolve_last(self.trainer, subcommand == "fit", asked)
         return given
 
 

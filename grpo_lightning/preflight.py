@@ -56,12 +56,16 @@ def _accumulated(value: Any, config: Mapping[str, Any]) -> str | None:
 
 
 def _checkpoint(value: Any, config: Mapping[str, Any]) -> str | None:
-    known = str(value) in ("last", "best", "hpc") or "://" in str(value) or str(value).startswith("registry")
+    known = (
+        str(value) in ("last", "auto", "best", "hpc")
+        or "://" in str(value)
+        or str(value).startswith("registry")
+    )
     try:
         there = known or Path(value).exists()
     except (OSError, ValueError):
         there = False
-    return None if there else "last, or a checkpoint that exists"
+    return None if there else "last, auto, or a checkpoint that exists"
 
 
 RULES: dict[str, Callable[[Any, Mapping[str, Any]], str | None]] = {

@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
-from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_info
 
+from grpo_lightning.callbacks.last import AUTO, resolve_last
 from grpo_lightning.errors import ConfigError
 from grpo_lightning.untrusted import PlainCheckpoints, check_local, read_plain_checkpoints
 
@@ -20,7 +21,6 @@ GROWN = {"amsgrad": "max_exp_avg_sq", "centered": "grad_avg", "momentum": "momen
 """options that, switched on, need a state which a run without them has not gathered"""
 SCHEDULED = ("lr", "momentum", "betas")
 """options that a schedule is computed from"""
-AUTO = "auto"
 
 
 def built(optimizer: Any) -> dict[str, Any]:
@@ -181,49 +181,11 @@ class AsksForCheckpoints(PlainCheckpoints, pl.LightningModule):
 def _parse_ckpt_path(connector: Any, state_fn: Any, ckpt_path: Any, **given: Any) -> Any:
     """Stands in for Lightning's: `last`, `auto` and files are looked for here, all else by Lightning."""
     check_local(ckpt_path)
-    trainer = connector.trainer
     if ckpt_path in ("last", AUTO):
-        left = _left_by_a_run(trainer)
-        if ckpt_path == AUTO and not left:
-            rank_zero_info(f"ckpt_path auto: {_where(trainer)} has no checkpoint; starting from step 0")
-            return None
-        if not left:
-            raise ConfigError(
-                f"--ckpt_path last: {_where(trainer)} has no checkpoint; name a file, or take auto, which "
-                "starts from step 0 where there is none"
-            )
-        return str(newest(left))
-    if ckpt_path is not None and ckpt_path not in ("best", "hpc") and "://" not in str(ckpt_path):
-        newest([Path(ckpt_path)])
+        found = resolve_last(connector.trainer, state_fn == TrainerFn.FITTING, ckpt_path)
+        return None if found is None else str(found)
+    path = None if ckpt_path in (None, "best", "hpc") else Path(ckpt_path)
+    if path is not None and not path.exists():
+        what = f"{path} is a link to {path.readlink()}" if path.is_symlink() else path
+        raise ConfigError(f"--ckpt_path: there is no such file: {what}; name an existing one")
     return type(connector)._parse_ckpt_path(connector, state_fn, ckpt_path, **given)
-
-
-def newest(found: list[Path]) -> Path:
-    """Returns the newest of some checkpoints; one that is gone is named and passed over.
-
-    Raises:
-        ConfigError: all are gone.
-    """
-    gone = [f"{p} is a link to {p.readlink()}" if p.is_symlink() else str(p) for p in found if not p.exists()]
-    there = [path for path in found if path.exists()]
-    if not there:
-        raise ConfigError(f"--ckpt_path: there is no such file: {', '.join(gone)}; name an existing one")
-    if gone:
-        rank_zero_warn(f"--ckpt_path: there is no such file: {', '.join(gone)}")
-    return max(there, key=lambda path: path.stat().st_mtime)
-
-
-def _left_by_a_run(trainer: pl.Trainer) -> list[Path]:
-    """Returns what `last` may mean: every checkpoint in the run's folders, and what SLURM's requeue left."""
-    found = [path for folder in _folders(trainer) for path in folder.glob("*.ckpt")]
-    requeued = trainer._checkpoint_connector._hpc_resume_path
-    return found + ([] if requeued is None else [Path(requeued)])
-
-
-def _folders(trainer: pl.Trainer) -> list[Path]:
-    savers = [c for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint)]
-    return [Path(saver._ModelCheckpoint__resolve_ckpt_dir(trainer)) for saver in savers]  # pyright: ignore
-
-
-def _where(trainer: pl.Trainer) -> str:
-    return " or ".join(map(str, _folders(trainer))) or "a Trainer without ModelCheckpoint"

@@ -6,10 +6,12 @@ from typing import Any, NamedTuple
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from grpo_lightning.errors import CheckpointError, ConfigError
 from grpo_lightning.sealed import Seal, peek, verify
+
+AUTO = "auto"
 
 
 class Found(NamedTuple):
@@ -33,6 +35,9 @@ def newest(folders: Iterable[Path], fit: bool = True) -> Found:
     seen: list[tuple[Seal, Path]] = []
     skipped: list[str] = []
     for file in sorted(f for folder in folders for f in folder.glob("*.ckpt")):
+        if file.is_symlink() and not file.exists():
+            skipped.append(f"{file} is a link to {file.readlink()}, which is gone")
+            continue
         try:
             seal = peek(file)
         except CheckpointError as error:
@@ -55,7 +60,7 @@ def _age(found: tuple[Seal, Path]) -> tuple[int, int, bool]:
     return seal.launch, seal.step, file.stem.startswith(ModelCheckpoint.CHECKPOINT_NAME_LAST)
 
 
-def resolve_last(trainer: pl.Trainer, fit: bool = True) -> Path:
+def resolve_last(trainer: pl.Trainer, fit: bool = True, asked: str = "last") -> Path | None:
     """Returns what `--ckpt_path last` means: the newest sound checkpoint of this run's folders.
 
     Warns of damaged ones it passes over.
@@ -63,25 +68,35 @@ def resolve_last(trainer: pl.Trainer, fit: bool = True) -> Path:
     Args:
         trainer: with its callbacks.
         fit: the optimizer's state is needed.
+        asked: `last`, or `auto`, which is None where the folders hold no checkpoint at all, sound or not.
 
     Raises:
         ConfigError: there is no checkpoint.
         CheckpointError: there are some, and all are damaged.
     """
     folders = checkpoint_folders(trainer)
+    requeued = trainer._checkpoint_connector._hpc_resume_path  # what SLURM's requeue left
+    if requeued is not None:
+        folders.append(Path(requeued).parent)
     found = newest(folders, fit)
     if found.file is not None:
         for reason in found.skipped:
-            rank_zero_warn(f"--ckpt_path last: {reason}")
+            rank_zero_warn(f"--ckpt_path {asked}: {reason}")
         if found.skipped:
-            rank_zero_warn(f"--ckpt_path last: taking {found.file} of step {found.step}")
+            rank_zero_warn(f"--ckpt_path {asked}: taking {found.file} of step {found.step}")
         return found.file
     if found.skipped:
-        raise CheckpointError(f"--ckpt_path last: no checkpoint is sound: {'; '.join(found.skipped)}")
+        raise CheckpointError(f"--ckpt_path {asked}: no checkpoint is sound: {'; '.join(found.skipped)}")
     where = " and ".join(map(str, folders)) or "any folder: no ModelCheckpoint is configured"
+    if asked == AUTO and not any(True for folder in folders for _ in folder.glob("*.ckpt")):
+        rank_zero_info(f"--ckpt_path auto: there is no checkpoint in {where}; starting from step 0")
+        return None
     others = newest({f for folder in folders for f in folder.parent.parent.glob("*/checkpoints")}, fit)
     hint = "" if others.file is None else f"; the newest of the runs beside it is {others.file}"
-    raise ConfigError(f"--ckpt_path last: there is no checkpoint in {where}{hint}")
+    raise ConfigError(
+        f"--ckpt_path {asked}: there is no checkpoint in {where}{hint}; name a file, or take auto, which "
+        "starts from step 0 where there is none"
+    )
 
 
 def checkpoint_folders(trainer: pl.Trainer) -> list[Path]:

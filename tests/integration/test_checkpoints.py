@@ -410,7 +410,7 @@ def test_the_command_line_takes_the_newest_sound_one(model_folder, tmp_path):
 
     done = fit(1, "--ckpt_path", "last")
     assert done.code == 2, done.err
-    assert f"error: --ckpt_path last: there is no checkpoint in {folder}\n" in done.err
+    assert f"error: --ckpt_path last: there is no checkpoint in {folder}; name a file" in done.err
     assert fit(2).code == 0
     for name in ("last", "step=2"):
         found = bytearray((folder / f"{name}.ckpt").read_bytes())

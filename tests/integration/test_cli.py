@@ -209,7 +209,10 @@ REFUSED = {
         "model.kernels is 3; it must be a mapping with any of head, attention",
     ),
     "not a number": ({"trainer.gradient_clip_val": float("nan")}, "trainer.gradient_clip_val is nan"),
-    "no checkpoint": ({"ckpt_path": "nowhere.ckpt"}, "ckpt_path is 'nowhere.ckpt'; it must be last, or"),
+    "no checkpoint": (
+        {"ckpt_path": "nowhere.ckpt"},
+        "ckpt_path is 'nowhere.ckpt'; it must be last, auto, or",
+    ),
     "few prompts": ({"data.prompts_per_rollout": 13}, "the dataset has 12 prompts, fewer than"),
     "engine": (
         {"rollout.sampling": {"regex": "a", "max_tokens": 6}},

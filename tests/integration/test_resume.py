@@ -159,7 +159,7 @@ def test_last_without_a_checkpoint_does_not_start_anew_and_writes_nothing(model,
     before = {p for p in tmp_path.rglob("*") if "__pycache__" not in str(p)}
     done = fit(tmp_path, "--ckpt_path", "last")
     assert done.code == 2, done.err
-    assert f"{tmp_path / 'ckpt'} has no checkpoint; name a file, or take auto" in done.err
+    assert f"there is no checkpoint in {tmp_path / 'ckpt'}; name a file, or take auto" in done.err
     left = {p for p in tmp_path.rglob("*") if "__pycache__" not in str(p)} - before
     assert {p.name for p in left} <= {".out", ".err"}
 
@@ -170,7 +170,7 @@ def test_a_link_to_nothing_and_a_folder_that_moved_are_errors(model, tmp_path, a
     (tmp_path / "ckpt").mkdir()
     (tmp_path / "ckpt" / "last.ckpt").symlink_to("/moved/away/step=3.ckpt")
     done = fit(tmp_path, "--ckpt_path", asked)
-    assert done.code == 2, done.err
+    assert done.code == (2 if asked == "gone.ckpt" else 1), done.err
     assert (
         "gone.ckpt" if asked == "gone.ckpt" else "last.ckpt is a link to /moved/away/step=3.ckpt"
     ) in done.err
@@ -191,7 +191,7 @@ def test_auto_starts_the_first_time_and_goes_on_the_second(model, tmp_path):
 @pytest.mark.parametrize("asked", ["last", "nowhere.ckpt"])
 def test_a_python_program_is_told_too(model, tmp_path, asked):
     saver = ModelCheckpoint(tmp_path / "none")
-    with pytest.raises(ConfigError, match=r"has no checkpoint|there is no such file: .*nowhere\.ckpt"):
+    with pytest.raises(ConfigError, match=r"is no checkpoint in|there is no such file: .*nowhere\.ckpt"):
         trainer(tmp_path, rollout(), saver).fit(module(model), data(), ckpt_path=asked)
     assert not os.listdir(tmp_path)
 
