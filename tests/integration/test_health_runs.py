@@ -1,7 +1,6 @@
 """Whole runs of a tiny model that learn: no alarm speaks. And one that is sick, over two ranks' numbers."""
 
 import json
-import warnings
 
 import pytest
 import torch
@@ -56,18 +55,6 @@ def test_it_changes_no_weight(model_folder, tmp_path):
         trainer(tmp_path / name, rollout(), *callbacks).fit(m, data())
         found.append(weights(m))
     assert all(torch.equal(found[0][k], v) for k, v in found[1].items())
-
-
-def test_a_rate_that_is_far_too_high(model_folder, tmp_path):
-    """Reward is lost and the policy says one thing: an alarm speaks before the run is over."""
-    m = module(model_folder, optimizer=rate(1.0))
-    t = trainer(tmp_path, Health(), rollout(num_generations=8), max_steps=40, max_epochs=-1)
-    with warnings.catch_warnings(record=True) as said:
-        warnings.simplefilter("always")
-        t.fit(m, data())
-    own = [str(w.message) for w in said if str(w.message).startswith("health: ")]
-    assert own
-    assert len({line.split()[1] for line in own}) == len(own)
 
 
 CAUSES = {
