@@ -9,7 +9,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, OneCycleLR, Se
 
 from grpo_lightning.contents import contents
 from grpo_lightning.errors import ConfigError
-from grpo_lightning.resume import describe, newest, take_over_optimizer
+from grpo_lightning.resume import describe, take_over_optimizer
 from grpo_lightning.schedulers import WarmupCosine
 
 STEPS, WHOLE = 7, 12
@@ -212,12 +212,3 @@ def test_other_files_of_weights_are_sampled_too(tmp_path):
     data[-1] ^= 1
     (tmp_path / "pytorch_model.bin").write_bytes(data)
     assert contents(tmp_path) != before
-
-
-def test_a_link_to_nothing_is_named(tmp_path):
-    (tmp_path / "last.ckpt").symlink_to(tmp_path / "gone.ckpt")
-    with pytest.raises(ConfigError, match=r"last\.ckpt is a link to .*gone\.ckpt"):
-        newest([tmp_path / "last.ckpt"])
-    (tmp_path / "older.ckpt").write_text("x")
-    with pytest.warns(UserWarning, match=r"last\.ckpt is a link to"):
-        assert newest(sorted(tmp_path.glob("*.ckpt"))).name == "older.ckpt"
