@@ -91,7 +91,7 @@ def test_the_handler_that_was_there_is_called_too():
 
 @pytest.mark.parametrize("raised", [SystemExit(0), KeyboardInterrupt(), asyncio.CancelledError()])
 def test_what_ends_a_process_becomes_an_error_with_its_place(training, raised):
-    expected = rf"rows raised {type(raised).__name__}.*test_stopping\.py:\d+"
+    expected = rf"rows raised {type(raised).__name__}.*test_signals\.py:\d+"
     with pytest.raises(DataError, match=expected), exits_named("rows", DataError):
         raise raised
 
