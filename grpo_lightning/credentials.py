@@ -1,4 +1,4 @@
-"""Refuses tokens, keys and passwords among the options: those reach config.yaml and every checkpoint."""
+"""What tokens, keys and passwords look like: refused among the options, kept from workers of rewards."""
 
 import re
 from collections.abc import Iterator, Mapping
@@ -29,8 +29,23 @@ VALUES = (
     r"\w+://[^/\s:@]*:[^/\s@]+@",  # scheme://user:password@host
 )
 _VALUE = re.compile(rf"(?<![A-Za-z0-9])({'|'.join(VALUES)})")
+_VARIABLE = re.compile(
+    r"(^|_)(TOKENS?|KEYS?|APIKEYS?|SECRETS?|PASSWORDS?|PASSWD|PASSPHRASE|CREDENTIALS?"
+    r"|COOKIES?|SESSION|AUTH|SOCK|DSN)(_|$)",
+    re.IGNORECASE,
+)
+"""environment variables; wider than `NAMES`, since one that is left out by mistake costs little"""
 _ALIKE = re.compile(r"[!-~]{6,}")
 """one word, as every token is; a name with a marker such as `</s>` for its value is no secret"""
+
+
+def without_credentials(environment: Mapping[str, str]) -> dict[str, str]:
+    """Returns the variables whose name or value does not look like a credential."""
+    return {
+        name: value
+        for name, value in environment.items()
+        if not _VARIABLE.search(name) and not _VALUE.search(value)
+    }
 
 
 def check_credentials(config: Any) -> None:

@@ -7,9 +7,10 @@ import signal
 import subprocess
 import sys
 import traceback
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 
 class Ended(NamedTuple):
@@ -41,6 +42,68 @@ def started(*args: str, cwd: Path, **environment: str) -> Running:
 def command(*args: str, cwd: Path, **environment: str) -> Ended:
     """Runs it to its end."""
     return started(*args, cwd=cwd, **environment).wait()
+
+
+def small_config(
+    folder: Path, model: Any, reward: str, max_steps: int, *callbacks: dict, chat: bool = False, **saver: Any
+) -> dict[str, Any]:
+    """Writes 12 rows into `folder`; returns a config of seconds that saves into `folder`/ckpt.
+
+    Args:
+        folder: of the run.
+        model: a folder.
+        reward: a reward function.
+        max_steps: optimizer steps.
+        callbacks: beside ModelCheckpoint.
+        chat: prompts are messages.
+        saver: arguments of ModelCheckpoint.
+    """
+    texts = [f"say {i}" for i in range(12)]
+    prompts = [[{"role": "user", "content": t}] for t in texts] if chat else texts
+    rows = [{"prompt": p, "answer": str(i)} for i, p in enumerate(prompts)]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    saver = {"dirpath": str(folder / "ckpt"), **saver}
+    return {
+        "seed_everything": 1,
+        "trainer": {
+            "accelerator": "cpu",
+            "devices": 1,
+            "max_steps": max_steps,
+            "default_root_dir": str(folder / "run"),
+            "logger": False,
+            "enable_progress_bar": False,
+            "enable_model_summary": False,
+            "callbacks": [
+                {"class_path": "lightning.pytorch.callbacks.ModelCheckpoint", "init_args": saver},
+                *callbacks,
+            ],
+        },
+        "model": {
+            "model_name": str(model),
+            "lora": {"r": 4},
+            "optimizer": {"class_path": "torch.optim.AdamW", "init_args": {"lr": 0.01}},
+        },
+        "data": {"dataset": str(folder / "rows.jsonl"), "prompts_per_rollout": 4},
+        "rollout": {
+            "num_generations": 4,
+            "sampling": {"max_tokens": 6},
+            "reward_funcs": [reward],
+        },
+    }
+
+
+def leave_with(main: Callable[[list[str]], int], argv: list[str]) -> NoReturn:
+    """Ends this forked process as `grpo-lightning ARGV` ends."""
+    code = 1
+    try:
+        code = main(argv)
+    except SystemExit as e:
+        code = e.code if isinstance(e.code, int) else int(e.code is not None)
+    except BaseException:
+        traceback.print_exc()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def _answer(*request: Any) -> int:
@@ -79,16 +142,7 @@ def _serve() -> None:
             os.environ.update(environment)
             for number, file in enumerate(files, start=1):
                 os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
-            code = 1
-            try:
-                code = main(args)
-            except SystemExit as e:
-                code = e.code if isinstance(e.code, int) else int(e.code is not None)
-            except BaseException:
-                traceback.print_exc()
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(code)
+            leave_with(main, args)
         print(child, flush=True)
 
 

@@ -19,6 +19,8 @@ from collections import Counter
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from commands import leave_with
+
 os.environ.update(
     OMP_NUM_THREADS="1",
     CUDA_VISIBLE_DEVICES="",
@@ -276,8 +278,6 @@ CLASSES = {"model.optimizer": "torch.optim.AdamW", "rollout.engine": "grpo_light
 
 
 def _child(argv: list[str], place: Path, logs: Path) -> None:
-    import traceback
-
     from grpo_lightning.__main__ import main
 
     os.setsid()
@@ -286,17 +286,8 @@ def _child(argv: list[str], place: Path, logs: Path) -> None:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     for number, name in ((1, "out"), (2, "err")):
         os.dup2(os.open(logs / name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
-    code = 1
     sys.argv[0] = str(Path(sys.modules["grpo_lightning.__main__"].__file__ or ""))
-    try:
-        code = main(argv)
-    except SystemExit as e:
-        code = e.code if isinstance(e.code, int) else int(e.code is not None)
-    except BaseException:
-        traceback.print_exc()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
+    leave_with(main, argv)
 
 
 def _wait(child: int, deadline: float) -> int | None:

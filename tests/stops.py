@@ -1,11 +1,10 @@
 """Runs of the command line that wait to be stopped: at call AT of an engine or a reward they hang."""
 
-import json
 import time
 from pathlib import Path
 
 import yaml
-from commands import command, started
+from commands import command, small_config, started
 
 MINE = '''
 import asyncio, os, sys, time
@@ -170,36 +169,8 @@ def config(model, folder: Path, **changes) -> dict:
     """Writes `mine.py` and `rows.jsonl` into `folder`; returns a config with `changes`, keys joined by __."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "mine.py").write_text(MINE)
-    rows = [{"prompt": f"say {i}", "answer": str(i)} for i in range(12)]
-    (folder / "rows.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
-    saver = {"dirpath": str(folder / "ckpt"), "every_n_train_steps": 1000}
-    out = {
-        "seed_everything": 1,
-        "trainer": {
-            "accelerator": "cpu",
-            "devices": 1,
-            "max_steps": 4,
-            "default_root_dir": str(folder / "run"),
-            "logger": False,
-            "enable_progress_bar": False,
-            "enable_model_summary": False,
-            "callbacks": [
-                {"class_path": "lightning.pytorch.callbacks.ModelCheckpoint", "init_args": saver},
-                {"class_path": "grpo_lightning.callbacks.RunReport", "init_args": {"curve": None}},
-            ],
-        },
-        "model": {
-            "model_name": str(model),
-            "lora": {"r": 4},
-            "optimizer": {"class_path": "torch.optim.AdamW", "init_args": {"lr": 0.01}},
-        },
-        "data": {"dataset": str(folder / "rows.jsonl"), "prompts_per_rollout": 4},
-        "rollout": {
-            "num_generations": 4,
-            "sampling": {"max_tokens": 6},
-            "reward_funcs": [f"{folder / 'mine.py'}:plain"],
-        },
-    }
+    report = {"class_path": "grpo_lightning.callbacks.RunReport", "init_args": {"curve": None}}
+    out = small_config(folder, model, f"{folder / 'mine.py'}:plain", 4, report, every_n_train_steps=1000)
     for key, value in changes.items():
         *path, last = key.split("__")
         place = out

@@ -67,23 +67,24 @@ class ControlTokens:
     def _markers(self) -> dict[str, str]:
         return {text: f"{_OPEN}{chr(_FIRST + i)}{_CLOSE}" for i, text in enumerate(self.tokens)}
 
-    def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
+    def encode(self, text: str, *, add_special_tokens: bool) -> list[int] | None:
         """Returns the ids of a marked text: markers become the text that they stand for, the rest is as ever.
 
-        Raises:
-            NotImplementedError: the tokenizer is none of the `tokenizers` library.
+        None if the tokenizer is none of the `tokenizers` library.
         """
+        if self._core is None:
+            return None
         ids = self._core.encode(text, add_special_tokens=add_special_tokens).ids
         return [part for token in ids for part in self._spelled.get(token, (token,))]
 
     @cached_property
     def _core(self) -> Any:
-        """A copy of the tokenizer's core to which every marker is one token."""
+        """A copy of the tokenizer's core to which every marker is one token, if it has one."""
         from tokenizers import AddedToken, Tokenizer
 
         backend = getattr(self.tokenizer, "backend_tokenizer", None)
         if backend is None:
-            raise NotImplementedError
+            return None
         core = Tokenizer.from_str(backend.to_str())
         core.no_truncation()
         core.no_padding()

@@ -140,14 +140,13 @@ class Encoder:
             return prompt, columns, self.encode(prompt, place)
         marked, _ = self.form.split(self.control.mark(row), place)
         text = marked if isinstance(marked, str) else self._apply_template(marked, place, tokenize=False)
-        try:
-            ids = self.control.encode(text, add_special_tokens=isinstance(marked, str))
-        except NotImplementedError as error:
+        ids = self.control.encode(text, add_special_tokens=isinstance(marked, str))
+        if ids is None:
             raise DataError(
                 f"{place}: the prompt spells out the control token {spelled!r}, and "
                 f"{_name(self.tokenizer)} ({type(self.tokenizer).__name__}) can only make that token of it; "
                 "change or remove the row"
-            ) from error
+            )
         return prompt, columns, ids
 
     def encode(self, prompt: Prompt, place: str) -> list[int]:

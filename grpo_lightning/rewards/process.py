@@ -2,37 +2,22 @@
 
 import os
 import pickle
-import re
 import signal
 import subprocess
 import sys
-from collections.abc import Mapping
 from contextlib import suppress
 from multiprocessing.connection import Connection, Pipe
+
+from grpo_lightning.credentials import without_credentials
 
 MEMORY = 16 << 30
 """bytes of private memory that a process may have; far above what a healthy reward takes"""
 LONGEST_REPLY = 1 << 30
 """bytes"""
-_SECRET = re.compile(
-    r"(^|_)(TOKENS?|KEYS?|APIKEYS?|SECRETS?|PASSWORDS?|PASSWD|PASSPHRASE|CREDENTIALS?"
-    r"|COOKIES?|SESSION|AUTH|SOCK|DSN)(_|$)",
-    re.IGNORECASE,
-)
-_LOGIN_IN_URL = re.compile(r"://[^/\s]*:[^/\s]*@")
 
 
 class ProcessEndedError(Exception):
     """The process ended instead of answering; the text says how."""
-
-
-def without_secrets(environment: Mapping[str, str]) -> dict[str, str]:
-    """Returns the variables whose name or value does not look like a secret."""
-    return {
-        name: value
-        for name, value in environment.items()
-        if not _SECRET.search(name) and not _LOGIN_IN_URL.search(value)
-    }
 
 
 class Process:
@@ -108,7 +93,7 @@ class Process:
         fd = theirs.fileno()
         # The path: what this process can import, that one can. -P: and nothing beside its script.
         environment = {
-            **without_secrets(os.environ),
+            **without_credentials(os.environ),
             "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
         }
         command = [sys.executable, "-P", "-m", "grpo_lightning.rewards.worker", str(fd), str(self._memory)]

@@ -10,7 +10,7 @@ import signal
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple
@@ -28,10 +28,16 @@ def _cwd(_: Any) -> str | None:
         return None
 
 
-def _set_environment(_: Any, before: dict[str, str]) -> None:
-    for key in os.environ.keys() - before.keys():
-        del os.environ[key]
-    os.environ.update({k: v for k, v in before.items() if os.environ.get(k) != v})
+def put_back_environment(before: Mapping[str, str], but: tuple[str, ...] = ()) -> None:
+    """Makes the environment what it was, except for names that begin with one of `but`."""
+    now = dict(os.environ)
+    for key in now.keys() | before.keys():
+        if now.get(key) == before.get(key) or key.startswith(but):
+            continue
+        if key in before:
+            os.environ[key] = before[key]
+        else:
+            del os.environ[key]
 
 
 def _signals(_: Any) -> dict[int, Any] | None:
@@ -81,7 +87,7 @@ _HANDLED = [
 # module that has it -> what is put back where it differs; a module that nobody has imported has no state
 _SETTINGS: dict[str, tuple[_Setting, ...]] = {
     "os": (
-        _Setting(lambda _: os.environ.copy(), _set_environment),
+        _Setting(lambda _: os.environ.copy(), lambda _, before: put_back_environment(before)),
         _Setting(_cwd, lambda _, path: path and os.chdir(path)),
     ),
     "signal": (_Setting(_signals, _set_signals), _Setting(_alarm, _set_alarm)),

@@ -1,12 +1,11 @@
 """A time limit on a call of somebody else's function in this process.
 
 In the main thread the function is interrupted by a signal, so that it may use signals itself (math-verify's
-own limit does). In another thread it runs in a daemon thread, which is left behind: nothing joins it, and
-the process can end. What never lets go of the interpreter lock stops every thread of Python; there the
-process ends with a traceback.
+own limit does). In another thread it runs in a daemon thread, which is left behind: nothing joins or stops
+it, and the process can end. What never lets go of the interpreter lock stops every thread of Python; there
+the process ends with a traceback.
 """
 
-import ctypes
 import faulthandler
 import signal
 import threading
@@ -111,9 +110,8 @@ def _left_behind(function: Callable[[], T], seconds: float | None) -> T:
     thread.start()
     thread.join(seconds)
     if thread.is_alive():
-        ctypes.pythonapi.PyThreadState_SetAsyncExc(
-            ctypes.c_ulong(thread.ident or 0), ctypes.py_object(_Interrupt)
-        )
+        # No PyThreadState_SetAsyncExc: while a blocked thread has an exception pending, Python 3.11 makes
+        # every thread look for it at each loop and call, and for ever where one is traced (coverage, pdb).
         raise TimeLimitError
     if errors:
         raise errors[0]

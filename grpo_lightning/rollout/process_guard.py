@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from grpo_lightning.rewards.state_guard import put_back_environment
+
 ENGINES_OWN = ("VLLM_",)
 """environment variables by which an engine talks to itself; everything else is put back"""
 
@@ -32,7 +34,7 @@ def process_kept() -> Iterator[None]:
     try:
         yield
     finally:
-        _restore_environment(environment)
+        put_back_environment(environment, ENGINES_OWN)
         torch.set_num_threads = set_threads  # an engine on the CPU replaces the function
         if torch.get_num_threads() != threads:
             torch.set_num_threads(threads)
@@ -76,14 +78,6 @@ def restore_random_state(state: dict[str, Any]) -> None:
     torch.set_rng_state(state["torch"].cpu())
     if torch.cuda.is_available() and len(state["cuda"]) == torch.cuda.device_count():
         torch.cuda.set_rng_state_all([s.cpu() for s in state["cuda"]])
-
-
-def _restore_environment(before: dict[str, str]) -> None:
-    for key in [k for k in os.environ if k not in before and not k.startswith(ENGINES_OWN)]:
-        del os.environ[key]
-    for key, value in before.items():
-        if os.environ.get(key) != value and not key.startswith(ENGINES_OWN):
-            os.environ[key] = value
 
 
 def _compile_workers() -> int | None:

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from grpo_lightning.atomic import removed_after, temporary
 from grpo_lightning.errors import ConfigError, EngineError, hinted
 from grpo_lightning.policy import Policy
 from grpo_lightning.rollout.engine import EngineContext, Request
@@ -16,12 +17,10 @@ def write_parquet(path: Path, columns: Mapping[str, Sequence[Any]]) -> None:
     import pyarrow.parquet as pq
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.tmp")
-    try:
+    unfinished = temporary(path)
+    with removed_after(unfinished):
         pq.write_table(pa.table(dict(columns)), unfinished)
         unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)
 
 
 def record(

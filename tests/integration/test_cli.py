@@ -1,6 +1,5 @@
 """The command line as a person meets it: what it says when something is wrong, and how soon."""
 
-import json
 import re
 import resource
 import subprocess
@@ -10,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from commands import command
+from commands import command, small_config
 from models import save_tiny
 from tiny import tiny_tokenizer
 
@@ -25,42 +24,10 @@ def model(tmp_path_factory):
 @pytest.fixture
 def base(model, tmp_path):
     """A config that works, as a dict to break."""
-    rows = [{"prompt": [{"role": "user", "content": f"say {i}"}], "answer": str(i)} for i in range(12)]
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
-    return {
-        "seed_everything": 1,
-        "trainer": {
-            "accelerator": "cpu",
-            "devices": 1,
-            "max_steps": 2,
-            "default_root_dir": str(tmp_path / "run"),
-            "logger": False,
-            "enable_progress_bar": False,
-            "enable_model_summary": False,
-            "callbacks": [
-                {
-                    "class_path": "lightning.pytorch.callbacks.ModelCheckpoint",
-                    "init_args": {
-                        "dirpath": str(tmp_path / "ckpt"),
-                        "every_n_train_steps": 1,
-                        "save_last": True,
-                    },
-                },
-                {"class_path": "grpo_lightning.callbacks.RunReport"},
-            ],
-        },
-        "model": {
-            "model_name": model,
-            "lora": {"r": 4},
-            "optimizer": {"class_path": "torch.optim.AdamW", "init_args": {"lr": 0.01}},
-        },
-        "data": {"dataset": str(tmp_path / "rows.jsonl"), "prompts_per_rollout": 4},
-        "rollout": {
-            "num_generations": 4,
-            "sampling": {"max_tokens": 6},
-            "reward_funcs": ["grpo_lightning.rewards.exact_match"],
-        },
-    }
+    report = {"class_path": "grpo_lightning.callbacks.RunReport"}
+    reward = "grpo_lightning.rewards.exact_match"
+    saver = {"every_n_train_steps": 1, "save_last": True}
+    return small_config(tmp_path, model, reward, 2, report, chat=True, **saver)
 
 
 def call(config, tmp_path, *args, mode="fit"):

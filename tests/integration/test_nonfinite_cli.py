@@ -1,13 +1,12 @@
 """Non-finite numbers through the command line: exit codes, one line, and what is left on disk."""
 
-import json
 import re
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
-from commands import command
+from commands import command, small_config
 from models import save_tiny
 
 TESTS = str(Path(__file__).parents[1])
@@ -20,39 +19,12 @@ def model(tmp_path_factory):
 
 @pytest.fixture
 def fit(model, tmp_path):
-    rows = [{"prompt": f"say {i}", "answer": str(i)} for i in range(12)]
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     (tmp_path / "rewards.py").write_text(
         "def length(completions, **_):\n    return [len(c) / 8 for c in completions]\n"
         "def huge(completions, **_):\n    return [(-1) ** i * 1e300 for i, _ in enumerate(completions)]\n"
     )
-    saver = {"dirpath": str(tmp_path / "ckpt"), "every_n_train_steps": 1, "save_top_k": -1, "save_last": True}
-    config = {
-        "seed_everything": 1,
-        "trainer": {
-            "accelerator": "cpu",
-            "devices": 1,
-            "max_steps": 8,
-            "default_root_dir": str(tmp_path / "run"),
-            "logger": False,
-            "enable_progress_bar": False,
-            "enable_model_summary": False,
-            "callbacks": [
-                {"class_path": "lightning.pytorch.callbacks.ModelCheckpoint", "init_args": saver},
-            ],
-        },
-        "model": {
-            "model_name": model,
-            "lora": {"r": 4},
-            "optimizer": {"class_path": "torch.optim.AdamW", "init_args": {"lr": 0.01}},
-        },
-        "data": {"dataset": str(tmp_path / "rows.jsonl"), "prompts_per_rollout": 4},
-        "rollout": {
-            "num_generations": 4,
-            "sampling": {"max_tokens": 6},
-            "reward_funcs": ["rewards.py:length"],
-        },
-    }
+    saver = {"every_n_train_steps": 1, "save_top_k": -1, "save_last": True}
+    config = small_config(tmp_path, model, "rewards.py:length", 8, **saver)
 
     def run(*args, callbacks=()):
         config["trainer"]["callbacks"] += callbacks

@@ -173,3 +173,4 @@ def test_health_says_what_a_run_without_signal_is(model_folder, tmp_path):
     t = trainer(tmp_path, rollout(reward_funcs=[constant]), Health(), max_steps=6)
     with pytest.warns(UserWarning, match="health: no_signal at step 5: .* for 5 rollouts: rewards are equal"):
         t.fit(module(model_folder), data())
+    assert t.global_step == 6  # it warns, and the run goes on

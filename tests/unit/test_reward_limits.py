@@ -52,7 +52,9 @@ def sleeps(completions, **_):
 
 
 def spins(completions, **_):
-    while True:
+    """Nothing stops it in another thread; the tests that follow shall have the processor again."""
+    end = time.monotonic() + 12
+    while time.monotonic() < end:
         pass
 
 
@@ -80,8 +82,7 @@ async def async_sleeps(completions, **_):
 
 
 async def async_spins(completions, **_):
-    while True:
-        pass
+    spins(completions)
 
 
 async def does_not_let_itself_be_cancelled(completions, **_):
@@ -115,6 +116,37 @@ def test_a_function_that_hangs_is_named_with_its_limit_and_the_sample(function, 
     assert time.monotonic() - began < 10
     for part in (repr(function.__name__), "0.5 s", "rollout.reward_timeout_s", "the prompt", "'one'"):
         assert part in str(caught.value)
+
+
+def test_a_function_left_behind_leaves_traced_threads_alone():
+    """With an exception pending in a thread that sleeps, Python 3.11 does not leave a traced function."""
+    code = textwrap.dedent("""
+        import sys, threading, time
+        from grpo_lightning.rewards import Rewards
+        from grpo_lightning.errors import RewardError
+
+        def sleeps(completions):
+            time.sleep(1000)
+
+        def call():
+            try:
+                Rewards([sleeps], timeout_s=0.5).score(
+                    prompts=["p"], completions=["c"], completion_ids=[[1]], columns={}
+                )
+            except RewardError:
+                print("named")
+
+        trace = lambda *_: trace
+        threading.settrace(trace)
+        sys.settrace(trace)
+        thread = threading.Thread(target=call)
+        thread.start()
+        thread.join()
+        print("went on", thread.is_alive())
+    """)
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    assert done.stdout == "named\nwent on False\n"
 
 
 @pytest.mark.usefixtures("impatient")
@@ -352,7 +384,8 @@ def test_the_guard_without_torch():
         "assert before == (random.getstate(), dict(os.environ))\n"
         "assert 'torch' not in sys.modules and 'numpy' not in sys.modules"
     )
-    subprocess.run([sys.executable, "-c", code], check=True)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_the_guard_is_cheap():

@@ -10,9 +10,9 @@ import pytest
 import reward_cases
 from reward_cases import lengths
 
+from grpo_lightning.credentials import without_credentials
 from grpo_lightning.errors import ConfigError, RewardError
 from grpo_lightning.rewards import Rewards, process
-from grpo_lightning.rewards.process import without_secrets
 
 
 @pytest.fixture
@@ -145,7 +145,7 @@ def test_a_worker_has_the_environment_without_its_secrets(made, monkeypatch):
     ],
 )
 def test_what_looks_like_a_secret(name, stays):
-    assert (name in without_secrets({name: "x"})) is stays
+    assert (name in without_credentials({name: "x"})) is stays
 
 
 def test_words_of_a_function_do_not_disturb(made, capfd):

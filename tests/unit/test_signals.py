@@ -64,6 +64,7 @@ def test_an_engine_that_decodes_amid_a_step_is_not_left(training):
     with deferred():
         send()
         check()
+        assert stopping.received() == signal.SIGTERM  # it is known, and left to the end of the step
 
 
 def test_handlers_come_back():
