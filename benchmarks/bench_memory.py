@@ -17,13 +17,13 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from tiny import tiny_tokenizer
 from workloads import SHAPES, make_model
 
-from grpo_lightning.batch import RolloutBatch
 from grpo_lightning.kernels import KernelConfig
 from grpo_lightning.loading import _offload
 from grpo_lightning.losses import LossConfig
 from grpo_lightning.ops import policy_loss
+from grpo_lightning.packing.batch import RolloutBatch
 from grpo_lightning.policy import Policy
-from grpo_lightning.samples import Completion
+from grpo_lightning.types import Completion
 
 WAYS = ("kept", "recomputed", "recomputed, inputs in host memory")
 

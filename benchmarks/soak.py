@@ -31,10 +31,10 @@ from killed import STEPS, Kind, Operations, final, lines_of, same
 from measure import save, setting, table
 from models import save_tiny
 
-from grpo_lightning.atomic import STRAY
 from grpo_lightning.callbacks.checkpoint import adapter_folder, checkpoint_of
 from grpo_lightning.errors import CheckpointError
-from grpo_lightning.sealed import read_seal, verify
+from grpo_lightning.utils.atomic_files import STRAY
+from grpo_lightning.utils.checked_files import read_seal, verify
 
 KINDS = (
     Kind(accumulate=2, updates=2, loss="entropy"),

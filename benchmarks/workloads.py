@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from grpo_lightning.batch import RolloutBatch
-from grpo_lightning.samples import Completion
+from grpo_lightning.packing.batch import RolloutBatch
+from grpo_lightning.types import Completion
 
 SHAPES: dict[str, dict[str, int]] = {
     "0.5B": {"hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24,

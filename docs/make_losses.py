@@ -6,10 +6,10 @@ from pathlib import Path
 import torch
 
 from grpo_lightning.advantages import ADVANTAGES
-from grpo_lightning.batch import RolloutBatch
 from grpo_lightning.losses import AGGREGATIONS, KL_ESTIMATORS, RECIPES, SURROGATES, LossConfig, policy_loss
 from grpo_lightning.losses.corrections import PRESETS
-from grpo_lightning.samples import Completion
+from grpo_lightning.packing.batch import RolloutBatch
+from grpo_lightning.types import Completion
 
 HERE = Path(__file__).parent
 REQUIRED = {

@@ -2,14 +2,14 @@
 
 from typing import TYPE_CHECKING
 
-from grpo_lightning._lazy import lazy
+from grpo_lightning.utils.lazy import lazy
 
 if TYPE_CHECKING:
-    from grpo_lightning.batch import RolloutBatch
     from grpo_lightning.callbacks.rollout import RolloutCallback
     from grpo_lightning.data.datamodule import PromptDataModule
     from grpo_lightning.module import GRPOModule
-    from grpo_lightning.samples import SamplingParams
+    from grpo_lightning.packing.batch import RolloutBatch
+    from grpo_lightning.types import SamplingParams
 
 __version__ = "0.1.0.dev0"
 __all__ = ["GRPOModule", "PromptDataModule", "RolloutBatch", "RolloutCallback", "SamplingParams"]
@@ -19,8 +19,8 @@ __getattr__, __dir__ = lazy(
     {
         "GRPOModule": "module",
         "PromptDataModule": "data.datamodule",
-        "RolloutBatch": "batch",
+        "RolloutBatch": "packing.batch",
         "RolloutCallback": "callbacks.rollout",
-        "SamplingParams": "samples",
+        "SamplingParams": "types",
     },
 )

@@ -23,9 +23,9 @@ from grpo_lightning.errors import ConfigError, GRPOError
 from grpo_lightning.faults import differing, explained, leaves, report
 from grpo_lightning.module import GRPOModule
 from grpo_lightning.preflight import check_values, rehearse
-from grpo_lightning.stopping import Stopped, exits_named, ignore, listen, set_command
-from grpo_lightning.untrusted import check_arguments, check_config, restrict_parser
 from grpo_lightning.usage import complaint
+from grpo_lightning.utils.signals import Stopped, exits_named, ignore, listen, set_command
+from grpo_lightning.utils.untrusted import check_arguments, check_config, restrict_parser
 
 TRAINER_DEFAULTS: dict[str, Any] = {
     "trainer.gradient_clip_val": 1.0,

@@ -6,7 +6,7 @@ from difflib import get_close_matches
 from functools import wraps
 from typing import Any, TypeVar
 
-from grpo_lightning.options import explain
+from grpo_lightning.migration.options import explain
 
 C = TypeVar("C")
 

@@ -20,8 +20,8 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from grpo_lightning.errors import ConfigError, GRPOError
-from grpo_lightning.metrics import any_rank, gather, norm_of
-from grpo_lightning.ranges import check_numbers
+from grpo_lightning.metrics.logging import any_rank, gather, norm_of
+from grpo_lightning.utils.ranges import check_numbers
 
 if TYPE_CHECKING:
     from grpo_lightning.module import GRPOModule

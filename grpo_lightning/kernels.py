@@ -17,7 +17,7 @@ from torch import nn
 
 from grpo_lightning.errors import ConfigError, choices, hinted
 from grpo_lightning.exchange import Exchange
-from grpo_lightning.packing import Outline
+from grpo_lightning.packing.geometry import Outline
 
 CHOICES = ("auto", "on", "off")
 AUTO = {

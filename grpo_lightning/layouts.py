@@ -5,9 +5,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from grpo_lightning.batch import RolloutBatch
 from grpo_lightning.graphs import Graphs, decoded
 from grpo_lightning.ops.attention import PackedLayout, packed_attention
+from grpo_lightning.packing.batch import RolloutBatch
 
 PACKED = "grpo_lightning_packed"
 """our name in transformers' attention registry"""

@@ -10,7 +10,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 from lightning.pytorch.utilities import rank_zero_warn
 
 from grpo_lightning.errors import ConfigError, choices
-from grpo_lightning.ranges import check_numbers
+from grpo_lightning.utils.ranges import check_numbers
 
 LARGEST_RANK = 65536
 """wider than any layer there is"""

@@ -11,7 +11,6 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from grpo_lightning.batch import RolloutBatch
 from grpo_lightning.checkpoint import load, save
 from grpo_lightning.errors import ConfigError, hinted
 from grpo_lightning.finite import SkippedSteps, build_optimizer, check_options, check_weights
@@ -20,15 +19,16 @@ from grpo_lightning.lora import check_quantization, lora_config, starts_as_base
 from grpo_lightning.losses import Coefficients, LossConfig
 from grpo_lightning.losses.policy_loss import Weights
 from grpo_lightning.losses.trial import check_surrogate
-from grpo_lightning.metrics import all_ranks, gradient_norm, gradient_scale, log_numbers
+from grpo_lightning.metrics.logging import all_ranks, gradient_norm, gradient_scale, log_numbers
+from grpo_lightning.metrics.reduce import Stat, combine, values
 from grpo_lightning.models import loading_options, named, resolve_model
 from grpo_lightning.ops import policy_loss
+from grpo_lightning.packing.batch import RolloutBatch
 from grpo_lightning.probe import settle_forward
 from grpo_lightning.reference import ReferenceConfig
 from grpo_lightning.resume import AsksForCheckpoints
-from grpo_lightning.samples import PromptBatch
-from grpo_lightning.stats import Stat, combine, values
 from grpo_lightning.trainer_support import TrainerSupport, explains
+from grpo_lightning.types import PromptBatch
 from grpo_lightning.verification import check_totals, engine_gap, first_step_distance, rollout_stats
 from grpo_lightning.weight_dtypes import WeightsChanged, check_precision, check_trained
 

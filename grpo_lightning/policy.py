@@ -10,7 +10,6 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
-from grpo_lightning.batch import RolloutBatch
 from grpo_lightning.dropout import Rates, dropout_rates
 from grpo_lightning.errors import ConfigError
 from grpo_lightning.graphs import Graphs, make_graphs
@@ -27,7 +26,8 @@ from grpo_lightning.logit_changes import logit_changes
 from grpo_lightning.ops import fused_linear_logprobs
 from grpo_lightning.ops.kept import kept_logmass
 from grpo_lightning.ops.tie import tied
-from grpo_lightning.packing import Outline
+from grpo_lightning.packing.batch import RolloutBatch
+from grpo_lightning.packing.geometry import Outline
 from grpo_lightning.reference import WeightCopy
 from grpo_lightning.rope import fix_rope, rope_limit, too_long
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from grpo_lightning.errors import ConfigError, hinted
-from grpo_lightning.ranges import check_numbers
+from grpo_lightning.utils.ranges import check_numbers
 
 
 @hinted

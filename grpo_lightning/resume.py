@@ -12,7 +12,7 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from grpo_lightning.callbacks.last import AUTO, resolve_last
 from grpo_lightning.errors import ConfigError
-from grpo_lightning.untrusted import PlainCheckpoints, check_local, read_plain_checkpoints
+from grpo_lightning.utils.untrusted import PlainCheckpoints, check_local, read_plain_checkpoints
 
 if TYPE_CHECKING:
     from grpo_lightning.module import GRPOModule

@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from grpo_lightning.batch import RolloutBatch
 from grpo_lightning.ops.head import Head, parts, rows_in_budget
 from grpo_lightning.ops.kept import truncate
 from grpo_lightning.ops.logprobs import temperatures
+from grpo_lightning.packing.batch import RolloutBatch
 from grpo_lightning.policy import Policy
 
 TF32 = 2.0**-10

@@ -6,7 +6,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from grpo_lightning.errors import ConfigError
-from grpo_lightning.ranges import check_numbers
+from grpo_lightning.utils.ranges import check_numbers
 
 
 class WarmupCosine(LambdaLR):

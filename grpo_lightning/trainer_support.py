@@ -9,8 +9,8 @@ from lightning.pytorch.utilities.compile import to_uncompiled
 from torch import Tensor
 
 from grpo_lightning.errors import ConfigError
-from grpo_lightning.out_of_memory import explained, explains
-from grpo_lightning.telemetry import guard_loggers
+from grpo_lightning.utils.out_of_memory import explained, explains
+from grpo_lightning.utils.telemetry import guard_loggers
 
 FOREIGN = "pytorch_lightning"
 REFUSED: dict[type[theirs.Callback], str] = {

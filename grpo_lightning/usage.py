@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any, get_args
 
 from grpo_lightning.errors import ConfigError, choices
-from grpo_lightning.importing import import_class
-from grpo_lightning.options import explain
-from grpo_lightning.untrusted import refused_import
-from grpo_lightning.yaml_text import load_yaml
+from grpo_lightning.migration.options import explain
+from grpo_lightning.utils.imports import import_class
+from grpo_lightning.utils.untrusted import refused_import
+from grpo_lightning.utils.yaml_text import load_yaml
 
 ENGINES = ("HFEngine", "ReplayEngine", "VLLMEngine")
 LONGEST = 120

@@ -8,16 +8,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from grpo_lightning.batch import RolloutBatch
 from grpo_lightning.errors import ConfigError, GRPOError
 from grpo_lightning.finite import BAD_LOGPROBS
 from grpo_lightning.layouts import padded_hidden
 from grpo_lightning.losses.segments import Segments
 from grpo_lightning.losses.window import given
-from grpo_lightning.metrics import over_ranks
+from grpo_lightning.metrics.logging import over_ranks
+from grpo_lightning.metrics.reduce import Stat, extreme, mean, ratio
+from grpo_lightning.packing.batch import RolloutBatch
 from grpo_lightning.policy import Policy, TokenScores
 from grpo_lightning.rounding import head_logprobs, random_rounding, rounding_unit
-from grpo_lightning.stats import Stat, extreme, mean, ratio
 
 LARGEST_DISTANCE = {torch.float64: 1e-3, torch.float32: 1e-3, torch.float16: 0.05, torch.bfloat16: 0.1}
 """mean distance, in nats, of two forwards that differ by rounding alone"""

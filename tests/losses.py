@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 
 from grpo_lightning import ops
-from grpo_lightning.batch import RolloutBatch
 from grpo_lightning.losses import LossConfig
-from grpo_lightning.samples import Completion
-from grpo_lightning.stats import values
+from grpo_lightning.metrics.reduce import values
+from grpo_lightning.packing.batch import RolloutBatch
+from grpo_lightning.types import Completion
 
 REQUIRED = {"dro": {"dro_coef": 0.1}}
 NARROW = ("old_logprobs", "ref_logprobs", "sampler_logprobs")

@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from tiny import tiny_tokenizer
 
-from grpo_lightning.batch import RolloutBatch
-from grpo_lightning.samples import Completion
+from grpo_lightning.packing.batch import RolloutBatch
+from grpo_lightning.types import Completion
 
 TINY = {
     "vocab_size": 131,

@@ -14,7 +14,7 @@ from lightning.pytorch.callbacks import Callback
 from grpo_lightning.errors import EngineError
 from grpo_lightning.rollout import HFEngine
 from grpo_lightning.rollout.engine import Request
-from grpo_lightning.samples import Completion, SamplingParams
+from grpo_lightning.types import Completion, SamplingParams
 
 CALLS = 0
 AT = int(os.environ.get("AT", "0"))

@@ -7,8 +7,8 @@ from dataclasses import dataclass, fields, replace
 import torch
 from torch import Tensor
 
-from grpo_lightning.batch import RolloutBatch
-from grpo_lightning.samples import Completion
+from grpo_lightning.packing.batch import RolloutBatch
+from grpo_lightning.types import Completion
 
 PROMPTS, GROUP, LONGEST = 4, 4, 13
 MAX_TOKENS = 16  # above LONGEST, so that dr_grpo's divisor is not the padded width by chance

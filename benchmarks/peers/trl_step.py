@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from grpo_lightning.batch import RolloutBatch
+from grpo_lightning.packing.batch import RolloutBatch
 
 
 def _padded(rows: list[list[int]], width: int, left: bool, device: torch.device) -> tuple[Tensor, Tensor]:

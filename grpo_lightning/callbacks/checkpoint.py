@@ -20,7 +20,10 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from grpo_lightning.atomic import (
+from grpo_lightning.callbacks.last import checkpoint_folders, local_path, remedy
+from grpo_lightning.callbacks.run_lock import RunLock
+from grpo_lightning.errors import CheckpointError, ConfigError, GRPOError
+from grpo_lightning.utils.atomic_files import (
     failures_named,
     moved_away,
     remove_strays,
@@ -29,10 +32,7 @@ from grpo_lightning.atomic import (
     sync_folder,
     temporary,
 )
-from grpo_lightning.callbacks.last import checkpoint_folders, local_path, remedy
-from grpo_lightning.callbacks.run_lock import RunLock
-from grpo_lightning.errors import CheckpointError, ConfigError, GRPOError
-from grpo_lightning.sealed import Seal, load_sealed, peek, read_seal, write_sealed
+from grpo_lightning.utils.checked_files import Seal, load_sealed, peek, read_seal, write_sealed
 
 
 class AdapterCheckpointIO(TorchCheckpointIO):

@@ -9,8 +9,8 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from grpo_lightning.callbacks.alarms import ALARMS, Curve, History, repetition
 from grpo_lightning.errors import ConfigError, GRPOError, choices
-from grpo_lightning.metrics import gather
-from grpo_lightning.samples import PromptBatch
+from grpo_lightning.metrics.logging import gather
+from grpo_lightning.types import PromptBatch
 
 LEVELS = ("warn", "stop", "off")
 CLEARED = 0.2

@@ -9,7 +9,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from grpo_lightning.errors import CheckpointError, ConfigError
-from grpo_lightning.sealed import Seal, peek, verify
+from grpo_lightning.utils.checked_files import Seal, peek, verify
 
 AUTO = "auto"
 

@@ -10,10 +10,10 @@ from typing import Any, Protocol
 import lightning.pytorch as pl
 import torch
 
-from grpo_lightning.batch import RolloutBatch
 from grpo_lightning.errors import ConfigError
-from grpo_lightning.metrics import gather
-from grpo_lightning.packing import Outline
+from grpo_lightning.metrics.logging import gather
+from grpo_lightning.packing.batch import RolloutBatch
+from grpo_lightning.packing.geometry import Outline
 
 FRACTION = 0.85
 """of the available memory that a prediction may fill; the rest is for fragments"""

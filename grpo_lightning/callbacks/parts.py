@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING, Any
 import lightning.pytorch as pl
 import torch
 
-from grpo_lightning.batch import RolloutBatch
 from grpo_lightning.callbacks.memory import Cutter, cut
 from grpo_lightning.callbacks.surroundings import profiled, run_seed
 from grpo_lightning.errors import GRPOError
 from grpo_lightning.losses import LossConfig
 from grpo_lightning.losses.window import choose_tokens, given, reference_gap
-from grpo_lightning.metrics import all_sum, gather, raise_together
-from grpo_lightning.packing import sampling_weights
+from grpo_lightning.metrics.logging import all_sum, gather, raise_together
+from grpo_lightning.packing.batch import RolloutBatch
+from grpo_lightning.packing.geometry import sampling_weights
 from grpo_lightning.rollout.collect import Collector, Rollout
 from grpo_lightning.rollout.sampling import uniforms
 

@@ -21,10 +21,10 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from grpo_lightning.batch import RolloutBatch
 from grpo_lightning.callbacks.surroundings import run_seed
 from grpo_lightning.errors import ConfigError, EngineError, GRPOError, choices
-from grpo_lightning.metrics import gather, log_numbers
+from grpo_lightning.metrics.logging import gather, log_numbers
+from grpo_lightning.packing.batch import RolloutBatch
 from grpo_lightning.rollout.engine import Request, describe, sample_seeds
 from grpo_lightning.verification import Distances, distances
 

@@ -12,7 +12,7 @@ import lightning.pytorch as pl
 import torch.distributed as dist
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 
-from grpo_lightning.stopping import EXIT_CODES, received
+from grpo_lightning.utils.signals import EXIT_CODES, received
 
 EVERY = 0.5
 """seconds between two looks"""

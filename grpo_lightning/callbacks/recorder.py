@@ -6,7 +6,7 @@ import lightning.pytorch as pl
 
 from grpo_lightning.rollout.collect import Rollout
 from grpo_lightning.rollout.recording import record
-from grpo_lightning.telemetry import BestEffort
+from grpo_lightning.utils.telemetry import BestEffort
 
 
 class Recorder:

@@ -8,7 +8,6 @@ from typing import Any, Literal
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
 
-from grpo_lightning.batch import RolloutBatch
 from grpo_lightning.callbacks.clock import Clock
 from grpo_lightning.callbacks.evaluation import Evaluation, ValidationConfig, validate_before_training
 from grpo_lightning.callbacks.memory import Cutter, check_micro_batches
@@ -32,14 +31,15 @@ from grpo_lightning.callbacks.surroundings import (
 )
 from grpo_lightning.errors import ConfigError, hinted
 from grpo_lightning.losses import LossConfig
-from grpo_lightning.metrics import gather, log_numbers
+from grpo_lightning.metrics.logging import gather, log_numbers
+from grpo_lightning.packing.batch import RolloutBatch
 from grpo_lightning.rewards.suite import TIMEOUT_S, Rewards
 from grpo_lightning.rollout.collect import Collector, Rollout
 from grpo_lightning.rollout.engine import RolloutEngine
 from grpo_lightning.rollout.hf import HFEngine
 from grpo_lightning.rollout.process_guard import random_state
-from grpo_lightning.samples import PromptBatch, SamplingParams
-from grpo_lightning.stopping import at_once
+from grpo_lightning.types import PromptBatch, SamplingParams
+from grpo_lightning.utils.signals import at_once
 
 RewardSpec = str | dict[str, Any]
 

@@ -8,10 +8,10 @@ import lightning.pytorch as pl
 from grpo_lightning.callbacks.clock import Clock
 from grpo_lightning.callbacks.evaluation import note
 from grpo_lightning.errors import ConfigError
-from grpo_lightning.metrics import log_numbers, over_ranks
+from grpo_lightning.metrics.logging import log_numbers, over_ranks
+from grpo_lightning.metrics.reduce import extreme, mean_of
 from grpo_lightning.rewards.suite import Scores
 from grpo_lightning.rollout.collect import Rollout
-from grpo_lightning.stats import extreme, mean_of
 
 PROGRESS = {"reward", "completions/mean_length"}
 """metrics that the progress bar shows"""

@@ -9,8 +9,8 @@ import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
 
 from grpo_lightning.errors import ConfigError, hinted
-from grpo_lightning.samples import PromptBatch
-from grpo_lightning.telemetry import BestEffort
+from grpo_lightning.types import PromptBatch
+from grpo_lightning.utils.telemetry import BestEffort
 
 
 @hinted

@@ -3,10 +3,10 @@
 from dataclasses import asdict
 from typing import Any
 
-from grpo_lightning.batch import LossTotals, RolloutBatch
 from grpo_lightning.errors import ConfigError
+from grpo_lightning.packing.batch import LossTotals, RolloutBatch
 from grpo_lightning.rollout.process_guard import restore_random_state
-from grpo_lightning.samples import Truncation
+from grpo_lightning.types import Truncation
 
 
 def batch_state(batch: RolloutBatch) -> dict[str, Any]:

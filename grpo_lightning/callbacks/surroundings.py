@@ -19,13 +19,13 @@ from grpo_lightning.callbacks.checkpoint import guard_folders
 from grpo_lightning.callbacks.memory import check_micro_batches
 from grpo_lightning.errors import ConfigError, choices
 from grpo_lightning.losses import LossConfig
-from grpo_lightning.out_of_memory import explained
-from grpo_lightning.ranges import check_numbers
+from grpo_lightning.metrics.reduce import mean_of
 from grpo_lightning.rewards.suite import Rewards
 from grpo_lightning.rollout.collect import Collector, Rollout
 from grpo_lightning.rollout.engine import EngineContext, RolloutEngine
-from grpo_lightning.samples import PromptBatch, SamplingParams
-from grpo_lightning.stats import mean_of
+from grpo_lightning.types import PromptBatch, SamplingParams
+from grpo_lightning.utils.out_of_memory import explained
+from grpo_lightning.utils.ranges import check_numbers
 
 if TYPE_CHECKING:
     from grpo_lightning.callbacks.rollout import RolloutCallback

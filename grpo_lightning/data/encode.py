@@ -12,7 +12,7 @@ from grpo_lightning.data.control_tokens import ControlTokens
 from grpo_lightning.data.files import Row, place_of
 from grpo_lightning.data.prompts import PromptFormat
 from grpo_lightning.errors import ConfigError, DataError, choices
-from grpo_lightning.samples import Message, Prompt
+from grpo_lightning.types import Message, Prompt
 
 OVERLONG = ("error", "drop", "left-truncate")
 

@@ -13,7 +13,7 @@ import torch
 
 from grpo_lightning.data.encode import EncodedPrompt
 from grpo_lightning.errors import ConfigError, DataError
-from grpo_lightning.samples import PromptBatch
+from grpo_lightning.types import PromptBatch
 
 VERSION = 1
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from grpo_lightning.data.files import Row
 from grpo_lightning.errors import ConfigError, DataError, choices
-from grpo_lightning.samples import Prompt
+from grpo_lightning.types import Prompt
 
 OURS = (
     "messages",

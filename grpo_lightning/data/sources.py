@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from grpo_lightning.data.files import ENDINGS, Row, check_exists, is_file, read_files, stream_files
 from grpo_lightning.errors import ConfigError, DataError, choices
-from grpo_lightning.importing import import_object
-from grpo_lightning.stopping import exits_named
+from grpo_lightning.utils.imports import import_object
+from grpo_lightning.utils.signals import exits_named
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from grpo_lightning.errors import ConfigError, hinted
-from grpo_lightning.ranges import check_numbers
+from grpo_lightning.utils.ranges import check_numbers
 
 if TYPE_CHECKING:
     from grpo_lightning.losses.config import LossConfig

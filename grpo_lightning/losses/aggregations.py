@@ -5,8 +5,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from grpo_lightning.batch import LossTotals
 from grpo_lightning.losses.segments import Segments
+from grpo_lightning.packing.batch import LossTotals
 
 
 @dataclass(frozen=True, slots=True)

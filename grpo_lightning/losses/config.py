@@ -4,7 +4,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
 from grpo_lightning.errors import ConfigError, choices, hinted
-from grpo_lightning.importing import import_object
 from grpo_lightning.losses.adaptive import AdaptiveEntropy, AdaptiveKL
 from grpo_lightning.losses.aggregations import AGGREGATIONS
 from grpo_lightning.losses.corrections import LEVELS, CorrectionConfig
@@ -12,7 +11,8 @@ from grpo_lightning.losses.kl import KL_ESTIMATORS
 from grpo_lightning.losses.ratios import RATIO_LEVELS
 from grpo_lightning.losses.recipes import RECIPES, Recipe
 from grpo_lightning.losses.surrogates import SURROGATES, Surrogate, register_surrogate
-from grpo_lightning.ranges import Bound, check_numbers
+from grpo_lightning.utils.imports import import_object
+from grpo_lightning.utils.ranges import Bound, check_numbers
 
 COMMON_DEFAULTS: Mapping[str, float | str] = {
     "clip_low": 0.2,

@@ -10,12 +10,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from grpo_lightning.batch import RolloutBatch
 from grpo_lightning.errors import ConfigError, choices, hinted
 from grpo_lightning.losses.ratios import MAX_LOG_RATIO
 from grpo_lightning.losses.segments import Segments
-from grpo_lightning.ranges import check_numbers
-from grpo_lightning.stats import Stat, effective_share, extreme
+from grpo_lightning.metrics.reduce import Stat, effective_share, extreme
+from grpo_lightning.packing.batch import RolloutBatch
+from grpo_lightning.utils.ranges import check_numbers
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,7 +6,6 @@ from typing import Any, TypedDict
 import torch
 from torch import Tensor
 
-from grpo_lightning.batch import RolloutBatch
 from grpo_lightning.losses.aggregations import AGGREGATIONS
 from grpo_lightning.losses.config import LossConfig
 from grpo_lightning.losses.corrections import correction_weights, off_policy_keep
@@ -14,7 +13,8 @@ from grpo_lightning.losses.kl import KL_ESTIMATORS
 from grpo_lightning.losses.ratios import MAX_LOG_RATIO, RATIO_LEVELS
 from grpo_lightning.losses.segments import Segments
 from grpo_lightning.losses.telemetry import clip_stats, objective_stats
-from grpo_lightning.stats import Stat, extreme
+from grpo_lightning.metrics.reduce import Stat, extreme
+from grpo_lightning.packing.batch import RolloutBatch
 
 
 class Weights(TypedDict, total=False):

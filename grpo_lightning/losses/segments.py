@@ -5,8 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from grpo_lightning.batch import RolloutBatch
-from grpo_lightning.stats import Stat, mean
+from grpo_lightning.metrics.reduce import Stat, mean
+from grpo_lightning.packing.batch import RolloutBatch
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,7 @@ from torch import Tensor
 from grpo_lightning.losses.config import LossConfig
 from grpo_lightning.losses.objectives import DPPO_KEEP, vespo_phi
 from grpo_lightning.losses.segments import Segments
-from grpo_lightning.stats import Stat, extreme
+from grpo_lightning.metrics.reduce import Stat, extreme
 
 
 def clip_stats(ratio: Tensor, advantages: Tensor, segments: Segments, config: LossConfig) -> dict[str, Stat]:

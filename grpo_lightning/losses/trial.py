@@ -4,12 +4,12 @@ from dataclasses import replace
 
 import torch
 
-from grpo_lightning.batch import RolloutBatch
 from grpo_lightning.errors import ConfigError
 from grpo_lightning.losses import objectives
 from grpo_lightning.losses.config import LossConfig
 from grpo_lightning.losses.policy_loss import policy_loss
-from grpo_lightning.samples import Completion
+from grpo_lightning.packing.batch import RolloutBatch
+from grpo_lightning.types import Completion
 
 LENGTHS = (3, 0, 1, 2)
 """tokens of the completions, two to a group"""

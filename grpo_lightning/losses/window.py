@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from grpo_lightning.batch import RolloutBatch
 from grpo_lightning.losses.config import LossConfig
 from grpo_lightning.losses.segments import Segments
+from grpo_lightning.packing.batch import RolloutBatch
 
 Gather = Callable[[Any], list[Any]]
 """returns the item of every rank, in rank order"""

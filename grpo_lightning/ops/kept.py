@@ -12,7 +12,7 @@ from torch import Tensor
 from grpo_lightning.ops.head import Head, Inputs
 from grpo_lightning.ops.head_logits import chunks
 from grpo_lightning.ops.logprobs import temperatures
-from grpo_lightning.samples import Truncation
+from grpo_lightning.types import Truncation
 
 
 def truncate(z: Tensor, kept: Truncation) -> Tensor:

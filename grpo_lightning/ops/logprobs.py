@@ -18,10 +18,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from grpo_lightning.ops import head as torch_twin
-from grpo_lightning.ops.dispatch import use_triton
 from grpo_lightning.ops.head import Head, Inputs, Scores, Way
 from grpo_lightning.ops.head_logits import Logits
 from grpo_lightning.ops.products import wide_product
+from grpo_lightning.utils.dispatch import use_triton
 
 
 def fused_linear_logprobs(

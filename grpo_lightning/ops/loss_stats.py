@@ -7,7 +7,7 @@ from torch import Tensor
 
 from grpo_lightning.losses import LossConfig
 from grpo_lightning.losses.corrections import LEVELS, MODES
-from grpo_lightning.stats import Stat, extreme, mean
+from grpo_lightning.metrics.reduce import Stat, extreme, mean
 
 
 class Sums(NamedTuple):

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from grpo_lightning import losses
-from grpo_lightning.batch import RolloutBatch
 from grpo_lightning.losses import LossConfig, LossOutput
 from grpo_lightning.losses.policy_loss import Weights
-from grpo_lightning.ops.dispatch import use_triton
-from grpo_lightning.stats import Stat
+from grpo_lightning.metrics.reduce import Stat
+from grpo_lightning.packing.batch import RolloutBatch
+from grpo_lightning.utils.dispatch import use_triton
 
 
 class LossGrad(NamedTuple):

@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 from triton import knobs
 
-from grpo_lightning.batch import RolloutBatch
 from grpo_lightning.losses import AGGREGATIONS, KL_ESTIMATORS, LossConfig, objectives
 from grpo_lightning.losses.segments import Segments
 from grpo_lightning.ops.loss_kernel_triton import loss_kernel
 from grpo_lightning.ops.loss_rules_triton import ESTIMATORS, LEVELS, MODES, OBJECTIVES, SPANS
 from grpo_lightning.ops.loss_stats import Counts, Reported, Sums, Weighed, statistics
 from grpo_lightning.ops.policy_loss import LossGrad
+from grpo_lightning.packing.batch import RolloutBatch
 
 BLOCK = 512
 """tokens that a program takes at a time; lengths do not change it, so that nothing compiles again"""

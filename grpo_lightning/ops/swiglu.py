@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import silu
 
-from grpo_lightning.ops.dispatch import use_triton
+from grpo_lightning.utils.dispatch import use_triton
 
 
 def swiglu(g: Tensor, u: Tensor, backend: str = "auto") -> Tensor:

@@ -8,7 +8,7 @@ import sys
 from contextlib import suppress
 from multiprocessing.connection import Connection, Pipe
 
-from grpo_lightning.credentials import without_credentials
+from grpo_lightning.utils.credentials import without_credentials
 
 MEMORY = 16 << 30
 """bytes of private memory that a process may have; far above what a healthy reward takes"""

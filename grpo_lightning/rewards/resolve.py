@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from grpo_lightning.errors import ConfigError, choices
-from grpo_lightning.importing import import_object
+from grpo_lightning.utils.imports import import_object
 
 RewardFunction = Callable[..., Any]
 RewardSpec = RewardFunction | str | Mapping[str, Any]

@@ -10,7 +10,7 @@ from typing import Any
 
 from grpo_lightning.errors import ConfigError, RewardError
 from grpo_lightning.rewards.time_limit import TimeLimitError
-from grpo_lightning.stopping import Stopped, listening
+from grpo_lightning.utils.signals import Stopped, listening
 
 LARGEST = 3e38
 """magnitude of rewards, which training keeps in float32; their squares fit into float64 many times over"""

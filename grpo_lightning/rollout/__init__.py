@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from grpo_lightning._lazy import lazy
+from grpo_lightning.utils.lazy import lazy
 
 if TYPE_CHECKING:
     from grpo_lightning.rollout.collect import Collector, Rollout

@@ -10,7 +10,7 @@ from grpo_lightning.advantages import RewardTable
 from grpo_lightning.errors import EngineError, GRPOError, RewardError
 from grpo_lightning.rewards.returned import clipped
 from grpo_lightning.rollout.engine import Request, RolloutEngine, describe
-from grpo_lightning.samples import Completion
+from grpo_lightning.types import Completion
 
 
 def bad_logprobs(

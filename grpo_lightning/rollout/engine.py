@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
 from grpo_lightning.policy import Policy
-from grpo_lightning.samples import Completion, SamplingParams
+from grpo_lightning.types import Completion, SamplingParams
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

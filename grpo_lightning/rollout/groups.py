@@ -13,7 +13,7 @@ from grpo_lightning.rewards.suite import Scores
 from grpo_lightning.rollout.background import Background
 from grpo_lightning.rollout.engine import Request
 from grpo_lightning.rollout.session import Session
-from grpo_lightning.samples import Completion, PromptBatch
+from grpo_lightning.types import Completion, PromptBatch
 
 Score = Callable[[PromptBatch, list[Completion]], tuple[list[str], Scores]]
 

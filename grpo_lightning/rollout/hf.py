@@ -15,8 +15,8 @@ from grpo_lightning.policy import Policy
 from grpo_lightning.probe import alone, rounding, said, tokens
 from grpo_lightning.rollout.engine import EngineContext, Request
 from grpo_lightning.rollout.sampling import choose, uniforms
-from grpo_lightning.samples import Completion, SamplingParams
-from grpo_lightning.stopping import check, deferred
+from grpo_lightning.types import Completion, SamplingParams
+from grpo_lightning.utils.signals import check, deferred
 
 
 class Way(NamedTuple):

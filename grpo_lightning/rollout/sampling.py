@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from grpo_lightning.ops.kept import truncate
-from grpo_lightning.samples import SamplingParams
+from grpo_lightning.types import SamplingParams
 
 _MASK = (1 << 64) - 1
 

@@ -12,7 +12,6 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from grpo_lightning.errors import ConfigError, EngineError, choices, hinted
 from grpo_lightning.policy import Policy
-from grpo_lightning.ranges import check_numbers
 from grpo_lightning.rollout.engine import EngineContext, Request
 from grpo_lightning.rollout.process_guard import process_kept, random_kept
 from grpo_lightning.rollout.session import Session
@@ -36,7 +35,8 @@ from grpo_lightning.rollout.weights import (
     choose_kind,
     merged_weights,
 )
-from grpo_lightning.samples import Completion, SamplingParams
+from grpo_lightning.types import Completion, SamplingParams
+from grpo_lightning.utils.ranges import check_numbers
 
 SLEEPS = ("auto", "weights", "kv_cache", "off")
 SHARES = ("auto", "on", "off")

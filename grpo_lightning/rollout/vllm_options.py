@@ -8,7 +8,7 @@ from grpo_lightning.policy import Policy
 from grpo_lightning.rollout.engine import EngineContext
 from grpo_lightning.rollout.vllm_compat import import_vllm
 from grpo_lightning.rollout.weights import adapter_ranks, is_quantized
-from grpo_lightning.samples import SamplingParams
+from grpo_lightning.types import SamplingParams
 
 if TYPE_CHECKING:
     from grpo_lightning.rollout.vllm import VLLMEngine

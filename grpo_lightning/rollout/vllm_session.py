@@ -6,8 +6,8 @@ from typing import Any
 
 from grpo_lightning.rollout.engine import Request
 from grpo_lightning.rollout.session import Ended
-from grpo_lightning.samples import Completion
-from grpo_lightning.stopping import check, deferred
+from grpo_lightning.types import Completion
+from grpo_lightning.utils.signals import check, deferred
 
 
 class VLLMSession:

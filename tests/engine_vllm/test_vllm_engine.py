@@ -13,7 +13,7 @@ from tiny import tiny_tokenizer
 from grpo_lightning.errors import ConfigError, EngineError
 from grpo_lightning.rollout import EngineContext, VLLMEngine
 from grpo_lightning.rollout.checks import bad_logprobs
-from grpo_lightning.samples import SamplingParams
+from grpo_lightning.types import SamplingParams
 
 pytestmark = pytest.mark.vllm
 

@@ -5,7 +5,7 @@ from serving import ask, distance, make_policy, start
 
 from grpo_lightning.errors import EngineError
 from grpo_lightning.rollout import HFEngine, Request
-from grpo_lightning.samples import SamplingParams
+from grpo_lightning.types import SamplingParams
 
 pytestmark = pytest.mark.vllm
 

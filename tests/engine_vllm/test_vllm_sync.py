@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from grpo_lightning.errors import ConfigError, EngineError
 from grpo_lightning.rollout import EngineContext, VLLMEngine
-from grpo_lightning.samples import SamplingParams
+from grpo_lightning.types import SamplingParams
 
 pytestmark = pytest.mark.vllm
 

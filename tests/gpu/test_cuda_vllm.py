@@ -11,13 +11,13 @@ import torch
 from models import TINY
 from tiny import tiny_tokenizer
 
-from grpo_lightning.batch import RolloutBatch
 from grpo_lightning.errors import EngineError
 from grpo_lightning.loading import load_policy
 from grpo_lightning.lora import lora_config
+from grpo_lightning.packing.batch import RolloutBatch
 from grpo_lightning.rollout import EngineContext, Request, VLLMEngine
 from grpo_lightning.rollout.engine import sample_seeds
-from grpo_lightning.samples import SamplingParams
+from grpo_lightning.types import SamplingParams
 
 pytestmark = pytest.mark.gpu
 SHAPE = {"hidden_size": 512, "intermediate_size": 1024, "head_dim": 64, "num_attention_heads": 8}

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 from grpo_lightning import PromptDataModule
 from grpo_lightning.callbacks.evaluation import ValidationConfig
 from grpo_lightning.losses import LossConfig
-from grpo_lightning.samples import SamplingParams
+from grpo_lightning.types import SamplingParams
 
 RANK = int(os.environ.get("LOCAL_RANK", "0"))
 

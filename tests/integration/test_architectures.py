@@ -26,7 +26,7 @@ from grpo_lightning.policy import Policy
 from grpo_lightning.probe import alone, settle_forward
 from grpo_lightning.rollout import HFEngine, Request
 from grpo_lightning.rope import rope_limit
-from grpo_lightning.samples import Completion, SamplingParams
+from grpo_lightning.types import Completion, SamplingParams
 from grpo_lightning.verification import logprob_distance
 
 DOCS = Path(__file__).parents[2] / "docs"

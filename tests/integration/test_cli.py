@@ -398,7 +398,7 @@ def test_every_place_that_options_name_exists(base, tmp_path):
 
     from peft import LoraConfig
 
-    from grpo_lightning.options import WHERE
+    from grpo_lightning.migration.options import WHERE
 
     put(base, "rollout.engine", {"class_path": "grpo_lightning.rollout.VLLMEngine"})
     put(base, "model.loss", {"adaptive_entropy": {"target": 0.2}, "kl_coef": 0.1})

@@ -7,7 +7,7 @@ from grpo_lightning.loading import load_policy
 from grpo_lightning.models import EMBEDDED_MODEL, resolve_model
 from grpo_lightning.probe import check_head
 from grpo_lightning.rollout import HFEngine, Request
-from grpo_lightning.samples import SamplingParams
+from grpo_lightning.types import SamplingParams
 
 pytestmark = pytest.mark.demo
 

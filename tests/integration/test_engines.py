@@ -3,14 +3,14 @@ import torch
 from models import tiny_llama
 from tiny import tiny_tokenizer
 
-from grpo_lightning.batch import RolloutBatch
 from grpo_lightning.errors import ConfigError, EngineError
+from grpo_lightning.packing.batch import RolloutBatch
 from grpo_lightning.policy import Policy
 from grpo_lightning.rollout import EngineContext, HFEngine, ReplayEngine, Request, RolloutEngine, VLLMEngine
 from grpo_lightning.rollout.engine import sample_seeds
 from grpo_lightning.rollout.recording import record
 from grpo_lightning.rollout.sampling import choose, uniforms
-from grpo_lightning.samples import SamplingParams
+from grpo_lightning.types import SamplingParams
 
 
 def requests(group=4, rollout=0):

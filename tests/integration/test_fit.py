@@ -291,7 +291,7 @@ def test_bf16_true_keeps_fp32_adapters(model_folder, tmp_path):
 
 
 def test_dead_groups_are_skipped_without_changing_the_step(model_folder, tmp_path, monkeypatch):
-    from grpo_lightning.batch import RolloutBatch
+    from grpo_lightning.packing.batch import RolloutBatch
 
     def sparse(completions, prompts, **_):
         return [

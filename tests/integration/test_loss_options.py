@@ -137,7 +137,7 @@ def test_truncated_sampling_is_no_mismatch(model_folder, tmp_path, updates, bypa
 
 
 def test_without_rescoring_it_would_be_one(model_folder, tmp_path, monkeypatch):
-    from grpo_lightning.batch import RolloutBatch
+    from grpo_lightning.packing.batch import RolloutBatch
 
     monkeypatch.setattr(RolloutBatch, "rescored", lambda self, log_kept: self)
     callback = rollout(sampling=TRUNCATED, on_policy_mismatch="warn")

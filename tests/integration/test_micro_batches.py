@@ -132,7 +132,7 @@ def test_bnpo_is_the_mean_over_micro_batches_with_tokens(model_folder, tmp_path)
 
 
 def test_bnpo_counts_the_tokens_of_dead_groups(model_folder, tmp_path, monkeypatch):
-    from grpo_lightning.batch import RolloutBatch
+    from grpo_lightning.packing.batch import RolloutBatch
 
     def sparse(completions, prompts, **_):
         alive = ["say 1" not in str(p) for p in prompts]

@@ -8,9 +8,9 @@ from models import TINY, random_rollout, tiny_llama
 from peft import LoraConfig, get_peft_model
 from tiny import tiny_tokenizer
 
-from grpo_lightning.batch import RolloutBatch
 from grpo_lightning.errors import ConfigError
 from grpo_lightning.layouts import padded_hidden
+from grpo_lightning.packing.batch import RolloutBatch
 from grpo_lightning.policy import Policy
 from grpo_lightning.probe import check_head
 

@@ -55,7 +55,7 @@ def test_counts_are_exact_in_bf16(model_folder, tmp_path):
 
 
 def test_a_number_becomes_no_bf16_tensor():
-    from grpo_lightning.stats import combine, effective_share, extreme, mean, values
+    from grpo_lightning.metrics.reduce import combine, effective_share, extreme, mean, values
 
     torch.set_default_dtype(torch.bfloat16)
     try:

@@ -4,9 +4,9 @@ import pytest
 import torch
 from models import random_rollout
 
-from grpo_lightning.batch import RolloutBatch
 from grpo_lightning.errors import ConfigError
-from grpo_lightning.samples import Completion, SamplingParams
+from grpo_lightning.packing.batch import RolloutBatch
+from grpo_lightning.types import Completion, SamplingParams
 
 
 def pack(prompts, completions, groups, **changes):

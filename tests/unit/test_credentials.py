@@ -2,9 +2,9 @@
 
 import pytest
 
-from grpo_lightning.credentials import check_credentials
 from grpo_lightning.errors import ConfigError
-from grpo_lightning.untrusted import check_arguments
+from grpo_lightning.utils.credentials import check_credentials
+from grpo_lightning.utils.untrusted import check_arguments
 
 WORD = "0a1B2c3D4e5F6g7H8i9J"
 # Built here so that no scanner of secrets takes them for real ones.

@@ -11,8 +11,8 @@ from grpo_lightning import losses, ops
 from grpo_lightning.callbacks import parts
 from grpo_lightning.callbacks.parts import with_fair_sample
 from grpo_lightning.losses import CorrectionConfig, LossConfig
-from grpo_lightning.packing import sampling_weights
-from grpo_lightning.stats import combine, ratio, values
+from grpo_lightning.metrics.reduce import combine, ratio, values
+from grpo_lightning.packing.geometry import sampling_weights
 
 LENGTHS = [5, 0, 1, 40, 7, 7, 3, 12, 9, 2]
 

@@ -6,8 +6,8 @@ import torch
 from grpo_lightning.errors import ConfigError
 from grpo_lightning.ops import fused_linear_logprobs
 from grpo_lightning.ops import head as twin
-from grpo_lightning.ops.dispatch import use_triton
 from grpo_lightning.ops.head import Head, rows_in_budget
+from grpo_lightning.utils.dispatch import use_triton
 
 head_triton = pytest.importorskip("grpo_lightning.ops.head_triton", reason="Triton is for Linux")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

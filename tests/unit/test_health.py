@@ -11,7 +11,7 @@ import torch
 from grpo_lightning.callbacks import Health
 from grpo_lightning.callbacks.alarms import ALARMS, repetition
 from grpo_lightning.errors import ConfigError, GRPOError
-from grpo_lightning.samples import PromptBatch
+from grpo_lightning.types import PromptBatch
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 TEXT = "She counts the apples in the basket, adds three from the table, and writes the sum down."

@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 
 from grpo_lightning.errors import ConfigError
-from grpo_lightning.importing import import_object
 from grpo_lightning.rewards.resolve import resolve
+from grpo_lightning.utils.imports import import_object
 
 HOSTILE = """
 os.system os.popen posix.system subprocess.run subprocess.Popen pty.spawn multiprocessing.Process
@@ -26,7 +26,7 @@ unittest.main logging.config.dictConfig logging.config.fileConfig shutil.rmtree 
 tempfile.mkdtemp sqlite3.connect zipfile.ZipFile yaml.unsafe_load yaml.load jinja2.Template sympy.sympify
 sympy.parsing.sympy_parser.parse_expr jsonargparse.set_parsing_settings pip.main setuptools.setup
 peft.PeftModel.from_pretrained grpo_lightning.cli.run grpo_lightning.loading.load_policy
-grpo_lightning.importing._import grpo_lightning.importing.importlib.import_module
+grpo_lightning.utils.imports._import grpo_lightning.utils.imports.importlib.import_module
 grpo_lightning.rewards.resolve.import_object grpo_lightning.data.sources.import_object
 grpo_lightning.data.files.Path.unlink grpo_lightning.data.datamodule.os.system mine.os.system mine.shell
 mine.half_shell mine.get mine.np.load mine.Path.unlink mine.text.format
@@ -110,7 +110,7 @@ def restricted(monkeypatch):
     """What the command line allows, for this test."""
     from jsonargparse import _common, _loaders_dumpers
 
-    from grpo_lightning.untrusted import restrict_parser
+    from grpo_lightning.utils.untrusted import restrict_parser
 
     monkeypatch.setattr(_common, "parsing_settings", dict(_common.parsing_settings))
     monkeypatch.setattr(_loaders_dumpers, "loaders", dict(_loaders_dumpers.loaders))
@@ -153,7 +153,7 @@ def test_a_class_path_inside_free_options_is_not_built():
 
 def test_every_row_is_needed():
     """A row that allows what is open anyway, or closes what is closed, would mislead a reader."""
-    from grpo_lightning import import_rules as rules
+    from grpo_lightning.utils import import_rules as rules
 
     for row in rules.ALLOWED_CLASSES | rules.ALLOWED_FUNCTIONS:
         assert row.partition(".")[0] in rules.CLOSED, row

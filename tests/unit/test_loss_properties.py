@@ -8,11 +8,11 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from grpo_lightning.advantages import ADVANTAGES, RewardTable, compute_advantages
-from grpo_lightning.batch import RolloutBatch
 from grpo_lightning.losses import AGGREGATIONS, RECIPES, SURROGATES, CorrectionConfig, LossConfig
 from grpo_lightning.losses.segments import Segments
 from grpo_lightning.ops import policy_loss
-from grpo_lightning.samples import Completion
+from grpo_lightning.packing.batch import RolloutBatch
+from grpo_lightning.types import Completion
 
 REQUIRED = {"dro": {"dro_coef": 0.1}}
 CASES = [(n, level) for n, r in RECIPES.items() for level in SURROGATES[r.surrogate].levels]

@@ -6,7 +6,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import random_rollout
 
-from grpo_lightning.batch import LossTotals, RolloutBatch
 from grpo_lightning.errors import ConfigError
 from grpo_lightning.losses import (
     AGGREGATIONS,
@@ -18,8 +17,9 @@ from grpo_lightning.losses import (
     policy_loss,
     register_surrogate,
 )
-from grpo_lightning.samples import Completion
-from grpo_lightning.stats import combine, values
+from grpo_lightning.metrics.reduce import combine, values
+from grpo_lightning.packing.batch import LossTotals, RolloutBatch
+from grpo_lightning.types import Completion
 
 REQUIRED = {"dro": {"dro_coef": 0.1}}
 SPLIT_INVARIANT = [n for n, r in RECIPES.items() if AGGREGATIONS[r.aggregation].split_invariant]

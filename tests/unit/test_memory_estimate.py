@@ -12,7 +12,7 @@ from grpo_lightning.callbacks.memory import FRACTION, KEPT, Cutter, Estimate, ch
 from grpo_lightning.errors import ConfigError
 from grpo_lightning.losses import LossConfig, policy_loss
 from grpo_lightning.ops.tie import tied
-from grpo_lightning.packing import Outline
+from grpo_lightning.packing.geometry import Outline
 from grpo_lightning.policy import Policy
 
 

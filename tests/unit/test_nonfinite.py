@@ -19,7 +19,7 @@ from grpo_lightning.rewards.suite import Rewards
 from grpo_lightning.rollout import HFEngine
 from grpo_lightning.rollout.checks import bad_advantages, bad_logprobs, bad_penalty
 from grpo_lightning.rollout.engine import Request
-from grpo_lightning.samples import Completion, SamplingParams
+from grpo_lightning.types import Completion, SamplingParams
 
 NAN, INF = math.nan, math.inf
 

@@ -10,7 +10,7 @@ from models import random_rollout
 from grpo_lightning import losses, ops
 from grpo_lightning.losses import RECIPES, CorrectionConfig, LossConfig, register_surrogate
 from grpo_lightning.losses.surrogates import SURROGATES
-from grpo_lightning.stats import values
+from grpo_lightning.metrics.reduce import values
 
 
 def case(seed=1):

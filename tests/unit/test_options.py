@@ -4,7 +4,7 @@ from importlib import import_module
 
 import pytest
 
-from grpo_lightning.options import WHERE, explain
+from grpo_lightning.migration.options import WHERE, explain
 
 # Every field that TRL 1.16.0 defines in GRPOConfig itself, the deprecated ones too.
 TRL_FIELDS = """

@@ -10,11 +10,11 @@ import torch
 from oracle import Case
 
 from grpo_lightning.advantages import ADVANTAGES, RewardTable, compute_advantages
-from grpo_lightning.batch import LossTotals, RolloutBatch
 from grpo_lightning.errors import ConfigError
 from grpo_lightning.losses import RECIPES, SURROGATES, CorrectionConfig, LossConfig, policy_loss
 from grpo_lightning.losses.window import choose_tokens
-from grpo_lightning.samples import Completion
+from grpo_lightning.packing.batch import LossTotals, RolloutBatch
+from grpo_lightning.types import Completion
 
 OLD = [-1.0, -2.0, -0.5, -1.5, -0.25]
 RATIO = [1.0, 1.5, 0.5, 0.7, 1.25]

@@ -20,7 +20,7 @@ from grpo_lightning.losses import (
     register_surrogate,
 )
 from grpo_lightning.losses.corrections import LEVELS, MODES
-from grpo_lightning.stats import combine, values
+from grpo_lightning.metrics.reduce import combine, values
 
 kernel = pytest.importorskip("grpo_lightning.ops.policy_loss_triton", reason="Triton is for Linux")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

@@ -11,9 +11,9 @@ from grpo_lightning.errors import ConfigError
 from grpo_lightning.finite import build_optimizer
 from grpo_lightning.lora import lora_config
 from grpo_lightning.losses import RECIPES, AdaptiveEntropy, AdaptiveKL, CorrectionConfig, LossConfig
-from grpo_lightning.ranges import check_numbers
 from grpo_lightning.reference import ReferenceConfig
 from grpo_lightning.schedulers import WarmupCosine
+from grpo_lightning.utils.ranges import check_numbers
 
 NAN, INF = math.nan, math.inf
 

@@ -10,9 +10,9 @@ import pytest
 import reward_cases
 from reward_cases import lengths
 
-from grpo_lightning.credentials import without_credentials
 from grpo_lightning.errors import ConfigError, RewardError
 from grpo_lightning.rewards import Rewards, process
+from grpo_lightning.utils.credentials import without_credentials
 
 
 @pytest.fixture

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from grpo_lightning.errors import ConfigError, RewardError
-from grpo_lightning.importing import import_object
 from grpo_lightning.rewards import Rewards, Scores, math_answer
 from grpo_lightning.rewards.resolve import resolve
+from grpo_lightning.utils.imports import import_object
 
 
 def score(functions, completions=("one", "two"), weights=None, prompts=None, ids=None, state=None, **columns):

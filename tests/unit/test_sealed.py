@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from grpo_lightning.errors import CheckpointError
-from grpo_lightning.sealed import Seal, load_sealed, peek, read_seal, verify, write_sealed
+from grpo_lightning.utils.checked_files import Seal, load_sealed, peek, read_seal, verify, write_sealed
 
 SEAL = Seal(launch=7, step=3, resumable=True, adapter=False)
 CONTENT = {"global_step": 3, "optimizer_states": [{"exp_avg": torch.arange(40.0)}], "w": torch.ones(5)}

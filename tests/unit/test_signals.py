@@ -9,10 +9,10 @@ import time
 
 import pytest
 
-from grpo_lightning import stopping
 from grpo_lightning.errors import DataError, GRPOError
 from grpo_lightning.rollout.background import Background
-from grpo_lightning.stopping import Stopped, at_once, check, defer, deferred, exits_named
+from grpo_lightning.utils import signals as stopping
+from grpo_lightning.utils.signals import Stopped, at_once, check, defer, deferred, exits_named
 
 
 @pytest.fixture

@@ -6,10 +6,17 @@ import pytest
 import torch
 
 from grpo_lightning.errors import ConfigError, choices
-from grpo_lightning.metrics import gradient_norm, length_stats, log_numbers, on_host, over_ranks, reward_stats
-from grpo_lightning.samples import Completion
+from grpo_lightning.metrics.logging import (
+    gradient_norm,
+    length_stats,
+    log_numbers,
+    on_host,
+    over_ranks,
+    reward_stats,
+)
+from grpo_lightning.metrics.reduce import combine, extreme, mean, mean_of, spread_of, values
 from grpo_lightning.schedulers import WarmupCosine
-from grpo_lightning.stats import combine, extreme, mean, mean_of, spread_of, values
+from grpo_lightning.types import Completion
 
 
 def test_stats_add_up_before_they_divide():

@@ -7,7 +7,7 @@ import torch
 
 from grpo_lightning.errors import ConfigError
 from grpo_lightning.rollout import EngineContext, vllm_options
-from grpo_lightning.samples import SamplingParams
+from grpo_lightning.types import SamplingParams
 
 
 def arguments(monkeypatch, sync="merge", **given):

@@ -10,10 +10,10 @@ from typing import Any
 import jsonargparse
 import yaml
 
-from grpo_lightning.credentials import check_credentials
 from grpo_lightning.errors import ConfigError
-from grpo_lightning.import_rules import ALLOWED_CLASSES, CLOSED
-from grpo_lightning.yaml_text import load_yaml
+from grpo_lightning.utils.credentials import check_credentials
+from grpo_lightning.utils.import_rules import ALLOWED_CLASSES, CLOSED
+from grpo_lightning.utils.yaml_text import load_yaml
 
 NOT_PLAIN = "weights_only is False, which lets a checkpoint run code; ours hold plain types: leave it out"
 

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from grpo_lightning.errors import GRPOError
-from grpo_lightning.samples import Completion
-from grpo_lightning.stats import Stat, combine, extreme, mean, mean_of, spread_of, values
+from grpo_lightning.metrics.reduce import Stat, combine, extreme, mean, mean_of, spread_of, values
+from grpo_lightning.types import Completion
 
 
 def distributed() -> bool:

@@ -3,7 +3,7 @@
 The CLI never takes two names for one thing: a key from elsewhere is an error, and the error says where to go.
 """
 
-from grpo_lightning.options_inherited import INHERITED
+from grpo_lightning.migration.inherited import INHERITED
 
 # Each entry is a place, then « (remark)» or «; remark»; or a sentence that begins with one of `_NO_PLACE`.
 WHERE: dict[str, str] = {

@@ -4,12 +4,12 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from grpo_lightning.errors import hinted
-from grpo_lightning.ranges import check_numbers
+from grpo_lightning.utils.ranges import check_numbers
 
 if TYPE_CHECKING:
     import torch
 
-    from grpo_lightning.batch import RolloutBatch
+    from grpo_lightning.packing.batch import RolloutBatch
 
 Message = dict[str, Any]
 Prompt = str | list[Message]

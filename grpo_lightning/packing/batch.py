@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from grpo_lightning.packing import (
+from grpo_lightning.packing.geometry import (
     Outline,
     RowStarts,
     geometry,
@@ -24,7 +24,7 @@ from grpo_lightning.packing import (
     row_starts,
     select,
 )
-from grpo_lightning.samples import Completion, Truncation
+from grpo_lightning.types import Completion, Truncation
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -13,7 +13,7 @@ from types import ModuleType
 from typing import Any
 
 from grpo_lightning.errors import ConfigError, choices
-from grpo_lightning.import_rules import ALLOWED_CLASSES, is_allowed, origins
+from grpo_lightning.utils.import_rules import ALLOWED_CLASSES, is_allowed, origins
 
 _FORMS = "write 'package.module.name', 'package.module:name' or 'path/file.py:name'"
 
