@@ -20,8 +20,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from workloads import WORKLOADS, make_rollout
 
 from grpo_lightning.losses import RECIPES, LossConfig
-from grpo_lightning.ops import policy_loss_grad
-from grpo_lightning.ops.policy_loss_triton import why_not
+from grpo_lightning.losses.fused import policy_loss_grad
+from grpo_lightning.losses.fused.launch_triton import why_not
 
 REQUIRED = {"dro": {"dro_coef": 0.1}}
 

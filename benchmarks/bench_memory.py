@@ -20,7 +20,7 @@ from workloads import SHAPES, make_model
 from grpo_lightning.kernels import KernelConfig
 from grpo_lightning.loading import _offload
 from grpo_lightning.losses import LossConfig
-from grpo_lightning.ops import policy_loss
+from grpo_lightning.losses.fused import policy_loss
 from grpo_lightning.packing.batch import RolloutBatch
 from grpo_lightning.policy import Policy
 from grpo_lightning.types import Completion

@@ -26,7 +26,7 @@ from workloads import SHAPES, WORKLOADS, floor_ms, make_model, make_rollout
 
 from grpo_lightning.kernels import KernelConfig
 from grpo_lightning.losses import LossConfig
-from grpo_lightning.ops import policy_loss
+from grpo_lightning.losses.fused import policy_loss
 from grpo_lightning.packing.batch import RolloutBatch
 from grpo_lightning.policy import Policy
 

@@ -17,12 +17,12 @@ from grpo_lightning.finite import SkippedSteps, build_optimizer, check_options, 
 from grpo_lightning.kernels import KernelConfig
 from grpo_lightning.lora import check_quantization, lora_config, starts_as_base
 from grpo_lightning.losses import Coefficients, LossConfig
+from grpo_lightning.losses.custom_check import check_surrogate
+from grpo_lightning.losses.fused import policy_loss
 from grpo_lightning.losses.policy_loss import Weights
-from grpo_lightning.losses.trial import check_surrogate
 from grpo_lightning.metrics.logging import all_ranks, gradient_norm, gradient_scale, log_numbers
 from grpo_lightning.metrics.reduce import Stat, combine, values
 from grpo_lightning.models import loading_options, named, resolve_model
-from grpo_lightning.ops import policy_loss
 from grpo_lightning.packing.batch import RolloutBatch
 from grpo_lightning.probe import settle_forward
 from grpo_lightning.reference import ReferenceConfig

@@ -11,8 +11,8 @@ from torch import Tensor
 from grpo_lightning.errors import ConfigError, GRPOError
 from grpo_lightning.finite import BAD_LOGPROBS
 from grpo_lightning.layouts import padded_hidden
-from grpo_lightning.losses.segments import Segments
-from grpo_lightning.losses.window import given
+from grpo_lightning.losses.completion_sums import Segments
+from grpo_lightning.losses.token_selection import given
 from grpo_lightning.metrics.logging import over_ranks
 from grpo_lightning.metrics.reduce import Stat, extreme, mean, ratio
 from grpo_lightning.packing.batch import RolloutBatch

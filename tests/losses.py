@@ -6,8 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from grpo_lightning import ops
-from grpo_lightning.losses import LossConfig
+from grpo_lightning.losses import LossConfig, fused
 from grpo_lightning.metrics.reduce import values
 from grpo_lightning.packing.batch import RolloutBatch
 from grpo_lightning.types import Completion
@@ -68,11 +67,11 @@ def wide(b: RolloutBatch) -> RolloutBatch:
 
 def assert_as_twin(
     config: LossConfig, batch: RolloutBatch, logprobs: Tensor, entropy: Tensor | None, **weights: float
-) -> ops.LossGrad:
+) -> fused.LossGrad:
     """Returns what the kernel gives after comparing all of it with the twin in fp64."""
     spread = None if entropy is None else entropy.double()
-    want = ops.policy_loss_grad(logprobs.double(), wide(batch), config, spread, **weights)
-    got = ops.policy_loss_grad(logprobs, batch, config, entropy, backend="triton", **weights)
+    want = fused.policy_loss_grad(logprobs.double(), wide(batch), config, spread, **weights)
+    got = fused.policy_loss_grad(logprobs, batch, config, entropy, backend="triton", **weights)
     close = {"atol": 2e-6, "rtol": 2e-5, "check_dtype": False}
     torch.testing.assert_close(got.loss, want.loss, **close)
     scale = torch.cat([want.dlogprobs.abs(), want.loss.new_tensor([1e-3])]).max()

@@ -18,10 +18,10 @@ from triton.compiler import make_backend
 from triton.runtime.jit import create_function_from_signature
 
 from grpo_lightning.losses import LossConfig
+from grpo_lightning.losses.fused.launch_triton import policy_loss_grad
 from grpo_lightning.ops.head import Head, Inputs
 from grpo_lightning.ops.head_gemm_triton import finish, multiply, own_logits
 from grpo_lightning.ops.head_triton import scale_rows, score_rows
-from grpo_lightning.ops.policy_loss_triton import policy_loss_grad
 from grpo_lightning.ops.rotary_triton import turn
 from grpo_lightning.ops.swiglu_triton import backward, forward
 from grpo_lightning.ops.varlen_triton import merge

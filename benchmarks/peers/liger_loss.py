@@ -13,8 +13,8 @@ from peers.cells import BETAS, CISPO_CAP, DELTAS, LEVELS, LOSSES, Cell
 from torch import Tensor
 
 from grpo_lightning.losses import CorrectionConfig, LossConfig, policy_loss
+from grpo_lightning.losses.completion_sums import Segments
 from grpo_lightning.losses.corrections import correction_weights
-from grpo_lightning.losses.segments import Segments
 from grpo_lightning.ops import fused_linear_logprobs
 
 HIDDEN = 32

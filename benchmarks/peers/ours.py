@@ -10,7 +10,7 @@ from peers.cases import Case
 from torch import Tensor
 
 from grpo_lightning.losses import LossConfig, policy_loss
-from grpo_lightning.losses.window import choose_tokens
+from grpo_lightning.losses.token_selection import choose_tokens
 from grpo_lightning.metrics.reduce import Stat, combine, values
 from grpo_lightning.packing.batch import RolloutBatch
 

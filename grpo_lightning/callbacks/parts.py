@@ -11,7 +11,7 @@ from grpo_lightning.callbacks.memory import Cutter, cut
 from grpo_lightning.callbacks.surroundings import profiled, run_seed
 from grpo_lightning.errors import GRPOError
 from grpo_lightning.losses import LossConfig
-from grpo_lightning.losses.window import choose_tokens, given, reference_gap
+from grpo_lightning.losses.token_selection import choose_tokens, given, reference_gap
 from grpo_lightning.metrics.logging import all_sum, gather, raise_together
 from grpo_lightning.packing.batch import RolloutBatch
 from grpo_lightning.packing.geometry import sampling_weights

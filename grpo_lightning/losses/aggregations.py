@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from grpo_lightning.losses.segments import Segments
+from grpo_lightning.losses.completion_sums import Segments
 from grpo_lightning.packing.batch import LossTotals
 
 

@@ -10,7 +10,7 @@ from grpo_lightning.losses.corrections import LEVELS, CorrectionConfig
 from grpo_lightning.losses.kl import KL_ESTIMATORS
 from grpo_lightning.losses.ratios import RATIO_LEVELS
 from grpo_lightning.losses.recipes import RECIPES, Recipe
-from grpo_lightning.losses.surrogates import SURROGATES, Surrogate, register_surrogate
+from grpo_lightning.losses.surrogate_table import SURROGATES, Surrogate, register_surrogate
 from grpo_lightning.utils.imports import import_object
 from grpo_lightning.utils.ranges import Bound, check_numbers
 

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from grpo_lightning.errors import ConfigError, choices, hinted
+from grpo_lightning.losses.completion_sums import Segments
 from grpo_lightning.losses.ratios import MAX_LOG_RATIO
-from grpo_lightning.losses.segments import Segments
 from grpo_lightning.metrics.reduce import Stat, effective_share, extreme
 from grpo_lightning.packing.batch import RolloutBatch
 from grpo_lightning.utils.ranges import check_numbers

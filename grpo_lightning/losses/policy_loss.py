@@ -1,18 +1,18 @@
 """The loss of one micro-batch: surrogate x ratio level x aggregation, corrections, KL and entropy."""
 
 from dataclasses import dataclass
-from typing import Any, TypedDict
+from typing import Any, NamedTuple, TypedDict
 
 import torch
 from torch import Tensor
 
 from grpo_lightning.losses.aggregations import AGGREGATIONS
+from grpo_lightning.losses.completion_sums import Segments
 from grpo_lightning.losses.config import LossConfig
 from grpo_lightning.losses.corrections import correction_weights, off_policy_keep
 from grpo_lightning.losses.kl import KL_ESTIMATORS
 from grpo_lightning.losses.ratios import MAX_LOG_RATIO, RATIO_LEVELS
-from grpo_lightning.losses.segments import Segments
-from grpo_lightning.losses.telemetry import clip_stats, objective_stats
+from grpo_lightning.losses.surrogate_metrics import clip_stats, objective_stats
 from grpo_lightning.metrics.reduce import Stat, extreme
 from grpo_lightning.packing.batch import RolloutBatch
 
@@ -29,6 +29,15 @@ class LossOutput:
     """`loss`: this micro-batch's share of the window's loss, with gradient; `stats`: what is logged."""
 
     loss: Tensor
+    stats: dict[str, Stat]
+
+
+class LossGrad(NamedTuple):
+    """A micro-batch's share of the window's loss with its derivatives, none of them attached to a graph."""
+
+    loss: Tensor  # scalar
+    dlogprobs: Tensor  # [N] d loss / d logprobs, in 1 / nats
+    dentropy: Tensor | None  # [N] d loss / d entropy; None: the loss does not depend on it
     stats: dict[str, Stat]
 
 

@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from grpo_lightning.losses.segments import Segments
+from grpo_lightning.losses.completion_sums import Segments
 
 MAX_LOG_RATIO = 20.0
 """log-ratios are clamped to this; beyond it the value stays finite and the gradient is 0"""

@@ -12,7 +12,8 @@ from ways import NoGraph
 
 from grpo_lightning.kernels import KernelConfig
 from grpo_lightning.losses import RECIPES, CorrectionConfig, LossConfig
-from grpo_lightning.ops import fused_linear_logprobs, policy_loss_grad
+from grpo_lightning.losses.fused import policy_loss_grad
+from grpo_lightning.ops import fused_linear_logprobs
 from grpo_lightning.ops.lora_linear import Adapted, lora_linears
 from grpo_lightning.ops.rotary import rotary
 from grpo_lightning.ops.segments import SharedPrompts
@@ -163,7 +164,7 @@ def test_loss_against_fp64(name, lengths):
 
 
 def test_the_loss_compiles_once_for_all_lengths():
-    from grpo_lightning.ops.loss_kernel_triton import loss_kernel
+    from grpo_lightning.losses.fused.kernel_triton import loss_kernel
 
     def variants():
         return sum(len(caches[0]) for caches in loss_kernel.device_caches.values())

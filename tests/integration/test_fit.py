@@ -455,7 +455,7 @@ def test_the_penalty_is_the_summed_log_ratio():
     """losses.md G4: old minus reference, summed over each completion of fixture F."""
     from models import random_rollout
 
-    from grpo_lightning.losses.window import reference_gap
+    from grpo_lightning.losses.token_selection import reference_gap
 
     b = random_rollout().take([])
     assert reference_gap(replace(b, old_logprobs=torch.zeros(0), ref_logprobs=torch.zeros(0))).numel() == 0

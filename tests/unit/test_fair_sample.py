@@ -7,10 +7,10 @@ import torch
 from losses import assert_as_twin, micro_batch
 from models import random_rollout
 
-from grpo_lightning import losses, ops
+from grpo_lightning import losses
 from grpo_lightning.callbacks import parts
 from grpo_lightning.callbacks.parts import with_fair_sample
-from grpo_lightning.losses import CorrectionConfig, LossConfig
+from grpo_lightning.losses import CorrectionConfig, LossConfig, fused
 from grpo_lightning.metrics.reduce import combine, ratio, values
 from grpo_lightning.packing.geometry import sampling_weights
 
@@ -150,6 +150,6 @@ def test_a_ratio_and_its_error():
 def test_the_torch_twin_of_the_op_weighs_too():
     made = micro_batch()
     b = replace(made["batch"], sample_weights=torch.full((8,), 2.0))
-    got = ops.policy_loss_grad(made["logprobs"], b, LossConfig("dapo"), made["entropy"])
-    want = ops.policy_loss_grad(made["logprobs"], made["batch"], LossConfig("dapo"), made["entropy"])
+    got = fused.policy_loss_grad(made["logprobs"], b, LossConfig("dapo"), made["entropy"])
+    want = fused.policy_loss_grad(made["logprobs"], made["batch"], LossConfig("dapo"), made["entropy"])
     assert values(got.stats) == pytest.approx(values(want.stats))

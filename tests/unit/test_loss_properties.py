@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 from grpo_lightning.advantages import ADVANTAGES, RewardTable, compute_advantages
 from grpo_lightning.losses import AGGREGATIONS, RECIPES, SURROGATES, CorrectionConfig, LossConfig
-from grpo_lightning.losses.segments import Segments
-from grpo_lightning.ops import policy_loss
+from grpo_lightning.losses.completion_sums import Segments
+from grpo_lightning.losses.fused import policy_loss
 from grpo_lightning.packing.batch import RolloutBatch
 from grpo_lightning.types import Completion
 

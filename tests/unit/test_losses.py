@@ -379,7 +379,7 @@ def test_ratio_one_is_reinforce(name, level):
     lp = -torch.rand(len(b.target_ids), dtype=torch.float64)
     config = recipe(name, ratio_level=level)
     g = gradient(b, config, lp)
-    from grpo_lightning.losses.segments import Segments
+    from grpo_lightning.losses.completion_sums import Segments
 
     weights = AGGREGATIONS[str(config.aggregation)].weights(Segments.of(b), b.totals).double()
     torch.testing.assert_close(g, -weights * b.advantages[b.sequence_ids].double(), atol=1e-12, rtol=1e-6)

@@ -12,8 +12,8 @@ from grpo_lightning.callbacks.parts import _unsound
 from grpo_lightning.errors import ConfigError, EngineError, GRPOError, RewardError
 from grpo_lightning.finite import finite
 from grpo_lightning.losses import RECIPES, LossConfig, policy_loss, register_surrogate
-from grpo_lightning.losses.surrogates import SURROGATES
-from grpo_lightning.losses.trial import check_surrogate
+from grpo_lightning.losses.custom_check import check_surrogate
+from grpo_lightning.losses.surrogate_table import SURROGATES
 from grpo_lightning.policy import Policy
 from grpo_lightning.rewards.suite import Rewards
 from grpo_lightning.rollout import HFEngine

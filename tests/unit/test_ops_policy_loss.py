@@ -1,4 +1,4 @@
-"""`ops.policy_loss` is `losses.policy_loss` in value, gradient and statistics."""
+"""`fused.policy_loss` is `losses.policy_loss` in value, gradient and statistics."""
 
 from dataclasses import replace
 
@@ -7,9 +7,9 @@ import torch
 from losses import REQUIRED
 from models import random_rollout
 
-from grpo_lightning import losses, ops
-from grpo_lightning.losses import RECIPES, CorrectionConfig, LossConfig, register_surrogate
-from grpo_lightning.losses.surrogates import SURROGATES
+from grpo_lightning import losses
+from grpo_lightning.losses import RECIPES, CorrectionConfig, LossConfig, fused, register_surrogate
+from grpo_lightning.losses.surrogate_table import SURROGATES
 from grpo_lightning.metrics.reduce import values
 
 
@@ -50,7 +50,7 @@ def test_equals_the_definition(name, entropy_coef):
     )
     for weights in ({}, {"kl_coef": 0.3, "entropy_coef": 2 * entropy_coef}):
         want, grads = run(losses.policy_loss, b, config, logprobs, entropy, **weights)
-        got, ours = run(ops.policy_loss, b, config, logprobs, entropy, **weights)
+        got, ours = run(fused.policy_loss, b, config, logprobs, entropy, **weights)
         assert got.loss.item() == want.loss.item()
         torch.testing.assert_close(ours[0], grads[0], atol=1e-15, rtol=1e-13)
         assert grads[0].abs().max() > 0
@@ -62,7 +62,7 @@ def test_equals_the_definition(name, entropy_coef):
 
 def test_the_derivative_is_returned_without_a_graph():
     b, logprobs, entropy = case()
-    out = ops.policy_loss_grad(logprobs, b, LossConfig("dapo"), entropy)
+    out = fused.policy_loss_grad(logprobs, b, LossConfig("dapo"), entropy)
     assert out.dlogprobs.shape == logprobs.shape
     assert out.dentropy is None
     assert not out.loss.requires_grad
@@ -71,7 +71,7 @@ def test_the_derivative_is_returned_without_a_graph():
 
 def test_nothing_to_train_is_still_attached():
     lp = torch.zeros(0, requires_grad=True)
-    out = ops.policy_loss(lp, random_rollout().take([]), LossConfig("dapo"))
+    out = fused.policy_loss(lp, random_rollout().take([]), LossConfig("dapo"))
     out.loss.backward()
     assert lp.grad is not None
     assert out.loss.item() == 0.0
@@ -85,7 +85,7 @@ def test_a_surrogate_of_ones_own():
     try:
         b, logprobs, entropy = case()
         own = LossConfig("dapo", surrogate="twice")
-        _, (got, _) = run(ops.policy_loss, b, own, logprobs, entropy)
+        _, (got, _) = run(fused.policy_loss, b, own, logprobs, entropy)
         _, (want, _) = run(losses.policy_loss, b, LossConfig("gpg"), logprobs, entropy)
         torch.testing.assert_close(got, 2 * want)
     finally:

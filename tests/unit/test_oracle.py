@@ -12,7 +12,7 @@ from oracle import Case
 from grpo_lightning.advantages import ADVANTAGES, RewardTable, compute_advantages
 from grpo_lightning.errors import ConfigError
 from grpo_lightning.losses import RECIPES, SURROGATES, CorrectionConfig, LossConfig, policy_loss
-from grpo_lightning.losses.window import choose_tokens
+from grpo_lightning.losses.token_selection import choose_tokens
 from grpo_lightning.packing.batch import LossTotals, RolloutBatch
 from grpo_lightning.types import Completion
 

@@ -8,7 +8,6 @@ import pytest
 import torch
 from losses import REQUIRED, assert_as_twin, micro_batch
 
-from grpo_lightning import ops
 from grpo_lightning.losses import (
     AGGREGATIONS,
     KL_ESTIMATORS,
@@ -17,12 +16,13 @@ from grpo_lightning.losses import (
     SURROGATES,
     CorrectionConfig,
     LossConfig,
+    fused,
     register_surrogate,
 )
 from grpo_lightning.losses.corrections import LEVELS, MODES
 from grpo_lightning.metrics.reduce import combine, values
 
-kernel = pytest.importorskip("grpo_lightning.ops.policy_loss_triton", reason="Triton is for Linux")
+kernel = pytest.importorskip("grpo_lightning.losses.fused.launch_triton", reason="Triton is for Linux")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 COVERED = [name for name in SURROGATES if name in kernel.OBJECTIVES]
 
@@ -189,7 +189,7 @@ def test_log_ratios_beyond_the_clamp(name):
 
 def test_a_small_divergence_keeps_its_digits():
     made = case(spread=1e-4)
-    got = ops.policy_loss_grad(
+    got = fused.policy_loss_grad(
         made["logprobs"], made["batch"], LossConfig("grpo", kl_coef=1.0, kl_bias_correction=False),
         backend="triton",
     )  # fmt: skip
@@ -218,7 +218,7 @@ def test_a_loss_that_is_not_a_number_stays_so():
     made = case()
     made["logprobs"][3] = torch.nan
     for name in ("dapo", "gspo", "cispo", "gmpo", "vespo", "dppo_tv"):
-        got = ops.policy_loss_grad(made["logprobs"], made["batch"], LossConfig(name), backend="triton")
+        got = fused.policy_loss_grad(made["logprobs"], made["batch"], LossConfig(name), backend="triton")
         assert got.loss.isnan(), name
         assert "loss" not in values(got.stats)
 
@@ -232,7 +232,7 @@ def test_parts_add_up():
         at = torch.isin(made["batch"].sequence_ids, torch.tensor(list(ids), device=DEVICE))
         part = made["batch"].take(list(ids))
         parts.append(
-            ops.policy_loss_grad(made["logprobs"][at], part, config, made["entropy"][at], backend="triton")
+            fused.policy_loss_grad(made["logprobs"][at], part, config, made["entropy"][at], backend="triton")
         )
     assert sum(p.loss for p in parts).item() == pytest.approx(whole.loss.item(), rel=1e-5)
     torch.testing.assert_close(torch.cat([p.dlogprobs for p in parts]), whole.dlogprobs)
@@ -245,9 +245,9 @@ def test_the_loss_is_attached():
     made = case()
     config = LossConfig("gspo", entropy_coef=0.1)
     logprobs, entropy = made["logprobs"].requires_grad_(), made["entropy"].requires_grad_()
-    out = ops.policy_loss(logprobs, made["batch"], config, entropy, backend="triton")
+    out = fused.policy_loss(logprobs, made["batch"], config, entropy, backend="triton")
     (3 * out.loss).backward()
-    want = ops.policy_loss_grad(logprobs, made["batch"], config, entropy, backend="triton")
+    want = fused.policy_loss_grad(logprobs, made["batch"], config, entropy, backend="triton")
     torch.testing.assert_close(logprobs.grad, 3 * want.dlogprobs)
     torch.testing.assert_close(entropy.grad, 3 * want.dentropy)
 
@@ -280,7 +280,7 @@ def test_what_is_not_covered_runs_in_torch_and_says_so_once():
     assert "surrogate 'real'" in kernel.why_not(LossConfig("real").resolve())
     assert kernel.why_not(LossConfig("dapo").resolve()) is None
     with pytest.warns(UserWarning, match=r"log-probabilities in torch\.float64"):
-        ops.policy_loss_grad(made["logprobs"].double(), made["batch"], LossConfig("dapo"), backend="triton")
+        fused.policy_loss_grad(made["logprobs"].double(), made["batch"], LossConfig("dapo"), backend="triton")
 
 
 def test_a_surrogate_put_in_place_of_the_librarys_is_not_covered(monkeypatch):
@@ -298,9 +298,9 @@ def test_what_is_missing_is_named_by_the_twin():
     ):
         b = replace(made["batch"], **{missing: None})
         with pytest.raises(ValueError, match=match):
-            ops.policy_loss_grad(made["logprobs"], b, config, backend="triton")
+            fused.policy_loss_grad(made["logprobs"], b, config, backend="triton")
     with pytest.raises(ValueError, match="no entropy was given"):
-        ops.policy_loss_grad(
+        fused.policy_loss_grad(
             made["logprobs"], made["batch"], LossConfig("dapo", entropy_coef=1.0), backend="triton"
         )
 

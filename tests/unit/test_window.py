@@ -8,7 +8,7 @@ from models import random_rollout
 
 from grpo_lightning.errors import ConfigError
 from grpo_lightning.losses import LossConfig
-from grpo_lightning.losses.window import choose_tokens, hashed, quantile
+from grpo_lightning.losses.token_selection import choose_tokens, hashed, quantile
 
 
 def scored(seed=0, **changes):

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from grpo_lightning.losses.completion_sums import Segments
 from grpo_lightning.losses.config import LossConfig
-from grpo_lightning.losses.segments import Segments
 from grpo_lightning.packing.batch import RolloutBatch
 
 Gather = Callable[[Any], list[Any]]

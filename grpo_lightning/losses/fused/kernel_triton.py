@@ -1,4 +1,4 @@
-"""The kernel of `ops.policy_loss`: one launch over completions gives loss, derivatives and statistics.
+"""The fused loss kernel: one launch over completions gives loss, derivatives and statistics.
 
 One program walks the tokens of one completion: first for what depends on the whole completion, then for the
 loss and the derivative by each token, then, where the ratio or the surrogate is the completion's, once more
@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from grpo_lightning.ops.loss_rules_triton import clamp
-from grpo_lightning.ops.loss_stats import Sums, Weighed
+from grpo_lightning.losses.fused.rules_triton import clamp
+from grpo_lightning.losses.fused.statistics import Sums, Weighed
 
 
 class Token(NamedTuple):

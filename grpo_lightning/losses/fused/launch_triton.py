@@ -1,4 +1,4 @@
-"""`ops.policy_loss` by the kernel: what it covers, which parts a call takes, its launch."""
+"""`losses.fused.policy_loss` by the kernel: what it covers, which parts a call takes, its launch."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 from triton import knobs
 
-from grpo_lightning.losses import AGGREGATIONS, KL_ESTIMATORS, LossConfig, objectives
-from grpo_lightning.losses.segments import Segments
-from grpo_lightning.ops.loss_kernel_triton import loss_kernel
-from grpo_lightning.ops.loss_rules_triton import ESTIMATORS, LEVELS, MODES, OBJECTIVES, SPANS
-from grpo_lightning.ops.loss_stats import Counts, Reported, Sums, Weighed, statistics
-from grpo_lightning.ops.policy_loss import LossGrad
+from grpo_lightning.losses import AGGREGATIONS, KL_ESTIMATORS, LossConfig, surrogates
+from grpo_lightning.losses.completion_sums import Segments
+from grpo_lightning.losses.fused.kernel_triton import loss_kernel
+from grpo_lightning.losses.fused.rules_triton import ESTIMATORS, LEVELS, MODES, OBJECTIVES, SPANS
+from grpo_lightning.losses.fused.statistics import Counts, Reported, Sums, Weighed, statistics
+from grpo_lightning.losses.policy_loss import LossGrad
 from grpo_lightning.packing.batch import RolloutBatch
 
 BLOCK = 512
@@ -73,7 +73,7 @@ def why_not(config: LossConfig) -> str | None:
         "correction.mode": (config.correction.mode, MODES),
     }
     missing = [f"{key} {name!r}" for key, (name, table) in tables.items() if name not in table]
-    if not missing and objective.function.__module__ != objectives.__name__:
+    if not missing and objective.function.__module__ != surrogates.__name__:
         missing = [f"surrogate {config.surrogate!r}, which is not the library's own"]
     return ", ".join(missing) or None
 
@@ -144,7 +144,7 @@ def policy_loss_grad(
     kl_coef: float,
     entropy_coef: float,
 ) -> LossGrad:
-    """As `ops.policy_loss_grad`, for a resolved config that is covered and at least one token, in fp32."""
+    """As `fused.policy_loss_grad`, for a resolved config that is covered and at least one token, in fp32."""
     rules, flags = choose(config, batch)
     row = OBJECTIVES[str(config.surrogate)]
     width = len(Sums._fields) + (0 if batch.sampler_logprobs is None else len(Weighed._fields))

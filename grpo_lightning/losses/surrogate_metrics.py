@@ -1,13 +1,13 @@
-"""What the objectives report about themselves; TRL's metric names."""
+"""What the surrogates report about themselves; TRL's metric names."""
 
 from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
 
+from grpo_lightning.losses.completion_sums import Segments
 from grpo_lightning.losses.config import LossConfig
-from grpo_lightning.losses.objectives import DPPO_KEEP, vespo_phi
-from grpo_lightning.losses.segments import Segments
+from grpo_lightning.losses.surrogates import DPPO_KEEP, vespo_phi
 from grpo_lightning.metrics.reduce import Stat, extreme
 
 

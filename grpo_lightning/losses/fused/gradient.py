@@ -6,26 +6,16 @@ torch twin differentiates the tables of `losses/` as they are, so it holds for e
 
 import warnings
 from functools import cache
-from typing import Any, NamedTuple, Unpack
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor
 
 from grpo_lightning import losses
 from grpo_lightning.losses import LossConfig, LossOutput
-from grpo_lightning.losses.policy_loss import Weights
-from grpo_lightning.metrics.reduce import Stat
+from grpo_lightning.losses.policy_loss import LossGrad, Weights
 from grpo_lightning.packing.batch import RolloutBatch
 from grpo_lightning.utils.dispatch import use_triton
-
-
-class LossGrad(NamedTuple):
-    """A micro-batch's share of the window's loss with its derivatives, none of them attached to a graph."""
-
-    loss: Tensor  # scalar
-    dlogprobs: Tensor  # [N] d loss / d logprobs, in 1 / nats
-    dentropy: Tensor | None  # [N] d loss / d entropy; None: the loss does not depend on it
-    stats: dict[str, Stat]
 
 
 def policy_loss_grad(
@@ -45,7 +35,7 @@ def policy_loss_grad(
     """
     config = config.resolve()
     if len(logprobs) and use_triton(logprobs.device, backend):
-        from grpo_lightning.ops import policy_loss_triton as kernel
+        from grpo_lightning.losses.fused import launch_triton as kernel
 
         kl_coef = weights.get("kl_coef", config.kl_coef)
         entropy_coef = weights.get("entropy_coef", config.entropy_coef)

@@ -1,0 +1,101 @@
+"""Surrogates: the per-token objective, minimised. A row is a function that asks by name for what it needs.
+
+Any of `AVAILABLE` may be a parameter; most need `(ratio, advantages, logprobs, config)`. The rows are in
+`surrogates.py`.
+"""
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from grpo_lightning.errors import ConfigError, choices
+
+AVAILABLE = (
+    "ratio",  # [N] of the ratio level
+    "advantages",  # [N]
+    "logprobs",  # [N] with gradient
+    "log_ratio",  # [N] clamped, token level
+    "old_logprobs",  # [N]
+    "correction",  # [N] sampler correction, 1 where there is none
+    "selected",  # [N] bool, the covariance selection of the window
+    "segments",  # sums per completion and group
+    "config",  # the LossConfig
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Surrogate:
+    """A row of `SURROGATES`."""
+
+    function: Callable[..., Tensor]
+    wants: tuple[str, ...]
+    levels: tuple[str, ...]
+    formula: str
+    paper: str
+    defaults: Mapping[str, float] = field(default_factory=dict[str, float])
+    required: tuple[str, ...] = ()
+    """options that have no sensible default"""
+    folds_correction: bool = False
+    """multiplies the sampler correction itself"""
+    still_at_zero: bool = False
+    """has no gradient where the advantage is 0, so that groups without signal need not run"""
+    meant_per_token: bool = False
+    """published with the token's own ratio"""
+    whole_groups: bool = False
+    """returns one number for all groups, which must not be cut; divided by the window's groups"""
+    needs_old: bool = False
+    """needs log-probabilities from before the first update, for the whole window"""
+    picks_at_random: bool = False
+    """selects at random among tokens of high covariance, not the highest"""
+
+    def __call__(self, **inputs: Any) -> Tensor:
+        """Returns l [N], or a scalar with `whole_groups`.
+
+        Raises:
+            ConfigError: the function returned another shape, which would be spread over all tokens.
+        """
+        out = self.function(**{name: inputs[name] for name in self.wants})
+        wanted = () if self.whole_groups else tuple(inputs["logprobs"].shape)
+        shape = getattr(out, "shape", None)
+        if shape is None or tuple(shape) != wanted:
+            found = type(out).__name__ if shape is None else f"shape {tuple(shape)}"
+            name = getattr(self.function, "__name__", "the surrogate")
+            raise ConfigError(
+                f"model.loss: {name} returned {found}, expected shape {wanted}: one value per token; leave "
+                "sums and means to model.loss.aggregation"
+            )
+        return out
+
+
+SURROGATES: dict[str, Surrogate] = {}
+ALL_LEVELS = ("token", "sequence", "sequence_token")
+
+
+def register_surrogate(
+    name: str, *, levels: tuple[str, ...] = ALL_LEVELS, formula: str = "", paper: str = "", **flags: Any
+) -> Callable[[Callable[..., Tensor]], Callable[..., Tensor]]:
+    """Returns a decorator that adds a function of `AVAILABLE` names, returning [N], to the table.
+
+    Args:
+        name: key in the table.
+        levels: ratio levels that make sense with it.
+        formula: of l, for the documentation.
+        paper: arXiv id.
+        flags: further fields of `Surrogate`.
+
+    Raises:
+        ConfigError: the function asks for something that is not available.
+    """
+
+    def add(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        wants = tuple(inspect.signature(function).parameters)
+        for want in wants:
+            if want not in AVAILABLE:
+                raise ConfigError(f"surrogate {name!r} asks for the argument {choices(want, AVAILABLE)}")
+        SURROGATES[name] = Surrogate(function, wants, levels, formula, paper, **flags)
+        return function
+
+    return add
