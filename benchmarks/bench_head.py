@@ -38,7 +38,7 @@ def ours(backend: str, **options: Any) -> Head:
 
 def through_logits(hidden: Tensor, weight: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
     """Our Triton head as it is where its own GEMM cannot run: fp32 logits and a row kernel."""
-    with patch("grpo_lightning.ops.head_gemm.suits", return_value=False):
+    with patch("grpo_lightning.ops.lm_head.fused_gemm.suits", return_value=False):
         return fused_linear_logprobs(hidden, weight, ids, backend="triton")
 
 

@@ -42,7 +42,7 @@ from grpo_lightning.kernels import KernelConfig
 from grpo_lightning.loading import load_policy
 from grpo_lightning.lora import lora_config
 from grpo_lightning.losses import LossConfig
-from grpo_lightning.ops.products import wide_product
+from grpo_lightning.ops.matmul import wide_product
 from grpo_lightning.packing.batch import RolloutBatch
 from grpo_lightning.rewards import FormatReward, math_answer
 from grpo_lightning.rollout import EngineContext, Request, VLLMEngine, vllm

@@ -26,9 +26,9 @@ from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from grpo_lightning.ops.attention import PackedLayout
-from grpo_lightning.ops.filling import Shape
-from grpo_lightning.ops.segments import SharedPrompts
+from grpo_lightning.ops.attention.packed import PackedLayout
+from grpo_lightning.ops.attention.shape_buckets import Shape
+from grpo_lightning.ops.attention.shared_prompts import SharedPrompts
 
 _RECOMPUTE = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
 MOST = 32

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from grpo_lightning.graphs import Graphs, decoded
-from grpo_lightning.ops.attention import PackedLayout, packed_attention
+from grpo_lightning.ops.attention.packed import PackedLayout, packed_attention
 from grpo_lightning.packing.batch import RolloutBatch
 
 PACKED = "grpo_lightning_packed"

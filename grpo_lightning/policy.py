@@ -24,8 +24,8 @@ from grpo_lightning.layouts import (
 )
 from grpo_lightning.logit_changes import logit_changes
 from grpo_lightning.ops import fused_linear_logprobs
-from grpo_lightning.ops.kept import kept_logmass
-from grpo_lightning.ops.tie import tied
+from grpo_lightning.ops.lm_head.truncation import kept_logmass
+from grpo_lightning.ops.zero_grad import tied
 from grpo_lightning.packing.batch import RolloutBatch
 from grpo_lightning.packing.geometry import Outline
 from grpo_lightning.reference import WeightCopy

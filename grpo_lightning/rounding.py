@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from grpo_lightning.ops.head import Head, parts, rows_in_budget
-from grpo_lightning.ops.kept import truncate
-from grpo_lightning.ops.logprobs import temperatures
+from grpo_lightning.ops.lm_head.logprobs import temperatures
+from grpo_lightning.ops.lm_head.rows import Head, parts, rows_in_budget
+from grpo_lightning.ops.lm_head.truncation import truncate
 from grpo_lightning.packing.batch import RolloutBatch
 from grpo_lightning.policy import Policy
 

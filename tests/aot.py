@@ -17,7 +17,10 @@ from triton.compiler import ASTSource
 from grpo_lightning.losses import KL_ESTIMATORS, RECIPES, CorrectionConfig, LossConfig
 from grpo_lightning.losses.corrections import LEVELS, MODES
 from grpo_lightning.losses.fused import launch_triton as policy_loss_triton
-from grpo_lightning.ops import head_gemm_triton, head_triton, rotary_triton, swiglu_triton, varlen_triton
+from grpo_lightning.ops import rotary_triton, swiglu_triton
+from grpo_lightning.ops.attention.packed import varlen_triton
+from grpo_lightning.ops.lm_head import fused_gemm_triton as head_gemm_triton
+from grpo_lightning.ops.lm_head import rows_triton as head_triton
 
 TARGET = GPUTarget("cuda", 90, 32)
 ROWS = {

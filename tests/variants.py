@@ -19,12 +19,12 @@ from triton.runtime.jit import create_function_from_signature
 
 from grpo_lightning.losses import LossConfig
 from grpo_lightning.losses.fused.launch_triton import policy_loss_grad
-from grpo_lightning.ops.head import Head, Inputs
-from grpo_lightning.ops.head_gemm_triton import finish, multiply, own_logits
-from grpo_lightning.ops.head_triton import scale_rows, score_rows
+from grpo_lightning.ops.attention.varlen_triton import merge
+from grpo_lightning.ops.lm_head.fused_gemm_triton import finish, multiply, own_logits
+from grpo_lightning.ops.lm_head.rows import Head, Inputs
+from grpo_lightning.ops.lm_head.rows_triton import scale_rows, score_rows
 from grpo_lightning.ops.rotary_triton import turn
 from grpo_lightning.ops.swiglu_triton import backward, forward
-from grpo_lightning.ops.varlen_triton import merge
 
 KERNELS = (
     "varlen_triton._merge",
@@ -100,7 +100,9 @@ def main() -> None:
     seen = {name: Launches(resolve_name(f"grpo_lightning.ops.{name}")) for name in KERNELS}
     after: dict[str, set[str]] = defaultdict(set)
     with ExitStack() as patched:
-        patched.enter_context(patch("grpo_lightning.ops.head_gemm_triton.programs", lambda device: 132))
+        patched.enter_context(
+            patch("grpo_lightning.ops.lm_head.fused_gemm_triton.programs", lambda device: 132)
+        )
         for name, launches in seen.items():
             patched.enter_context(patch(f"grpo_lightning.ops.{name}", launches))
         for step in range(30):

@@ -1,7 +1,7 @@
 """Which way a call goes: the head's through logits, the decoder's without a graph."""
 
 from grpo_lightning.graphs import decoded
-from grpo_lightning.ops.head_logits import Logits
+from grpo_lightning.ops.lm_head.chunked_logits import Logits
 
 
 def calls_through_logits(monkeypatch):

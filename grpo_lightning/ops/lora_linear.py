@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear
 
-from grpo_lightning.ops.products import wide_product
+from grpo_lightning.ops.matmul import wide_product
 
 
 class Adapted(NamedTuple):

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from grpo_lightning.ops.kept import truncate
+from grpo_lightning.ops.lm_head.truncation import truncate
 from grpo_lightning.types import SamplingParams
 
 _MASK = (1 << 64) - 1

@@ -9,7 +9,9 @@ import pytest
 import torch
 from ways import calls_through_logits
 
-from grpo_lightning.ops import fused_linear_logprobs, head_gemm, head_gemm_triton
+from grpo_lightning.ops import fused_linear_logprobs
+from grpo_lightning.ops.lm_head import fused_gemm as head_gemm
+from grpo_lightning.ops.lm_head import fused_gemm_triton as head_gemm_triton
 
 pytestmark = pytest.mark.gpu
 VOCABULARY = 151_936

@@ -14,11 +14,11 @@ from grpo_lightning.kernels import KernelConfig
 from grpo_lightning.losses import RECIPES, CorrectionConfig, LossConfig
 from grpo_lightning.losses.fused import policy_loss_grad
 from grpo_lightning.ops import fused_linear_logprobs
+from grpo_lightning.ops.attention.shared_prompts import SharedPrompts
+from grpo_lightning.ops.attention.varlen import Dense, Flash, shared_prompt_attention
 from grpo_lightning.ops.lora_linear import Adapted, lora_linears
 from grpo_lightning.ops.rotary import rotary
-from grpo_lightning.ops.segments import SharedPrompts
 from grpo_lightning.ops.swiglu import swiglu
-from grpo_lightning.ops.varlen import Dense, Flash, shared_prompt_attention
 from grpo_lightning.policy import Policy
 from grpo_lightning.verification import logprob_distance
 

@@ -12,7 +12,7 @@ from ways import NoGraph
 from grpo_lightning.errors import ConfigError, GRPOError
 from grpo_lightning.graphs import decoded, make_graphs, recomputed
 from grpo_lightning.kernels import AUTO, KernelConfig
-from grpo_lightning.ops.attention import PackedLayout, _say_once
+from grpo_lightning.ops.attention.packed import PackedLayout, _say_once
 from grpo_lightning.policy import Policy
 from grpo_lightning.verification import first_step_distance, logprob_distance
 

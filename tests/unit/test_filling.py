@@ -6,7 +6,7 @@ from itertools import pairwise
 
 import pytest
 
-from grpo_lightning.ops.filling import ROWS, SEGMENTS, fill
+from grpo_lightning.ops.attention.shape_buckets import ROWS, SEGMENTS, fill
 
 
 def regions(groups):

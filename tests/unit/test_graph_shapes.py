@@ -8,7 +8,7 @@ from torch import nn
 
 from grpo_lightning import graphs as module
 from grpo_lightning.graphs import Graphs
-from grpo_lightning.ops.attention import PackedLayout
+from grpo_lightning.ops.attention.packed import PackedLayout
 
 
 class Decoder(nn.Module):

@@ -5,10 +5,10 @@ import torch
 from ways import calls_through_logits
 
 from grpo_lightning.ops import fused_linear_logprobs
-from grpo_lightning.ops.head import Head, Inputs, Scores
-from grpo_lightning.ops.head_logits import Logits
+from grpo_lightning.ops.lm_head.chunked_logits import Logits
+from grpo_lightning.ops.lm_head.rows import Head, Inputs, Scores
 
-head_gemm = pytest.importorskip("grpo_lightning.ops.head_gemm", reason="Triton is for Linux")
+head_gemm = pytest.importorskip("grpo_lightning.ops.lm_head.fused_gemm", reason="Triton is for Linux")
 GPU = torch.cuda.is_available()
 DEVICE, DTYPE = ("cuda", torch.bfloat16) if GPU else ("cpu", torch.float32)
 FAR = 5e-3 if GPU else 1e-5  # of a gradient, in its norm

@@ -5,11 +5,11 @@ import torch
 
 from grpo_lightning.errors import ConfigError
 from grpo_lightning.ops import fused_linear_logprobs
-from grpo_lightning.ops import head as twin
-from grpo_lightning.ops.head import Head, rows_in_budget
+from grpo_lightning.ops.lm_head import rows as twin
+from grpo_lightning.ops.lm_head.rows import Head, rows_in_budget
 from grpo_lightning.utils.dispatch import use_triton
 
-head_triton = pytest.importorskip("grpo_lightning.ops.head_triton", reason="Triton is for Linux")
+head_triton = pytest.importorskip("grpo_lightning.ops.lm_head.rows_triton", reason="Triton is for Linux")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 HEADS = [Head(), Head(logit_scale=1.3), Head(softcap=3.0, logit_scale=0.7)]
 

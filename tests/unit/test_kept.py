@@ -5,7 +5,7 @@ import torch
 from models import random_rollout
 
 from grpo_lightning.ops import fused_linear_logprobs
-from grpo_lightning.ops.kept import kept_logmass, truncate
+from grpo_lightning.ops.lm_head.truncation import kept_logmass, truncate
 from grpo_lightning.rollout.sampling import choose
 from grpo_lightning.types import SamplingParams, Truncation
 

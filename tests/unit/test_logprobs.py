@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from grpo_lightning.ops import fused_linear_logprobs
-from grpo_lightning.ops import head_logits as module
+from grpo_lightning.ops.lm_head import chunked_logits as module
 
 
 def reference(hidden, weight, ids, temperature=1.0, bias=None, softcap=None, logit_scale=1.0):

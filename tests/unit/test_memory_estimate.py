@@ -11,7 +11,7 @@ from tiny import tiny_tokenizer
 from grpo_lightning.callbacks.memory import FRACTION, KEPT, Cutter, Estimate, check_micro_batches
 from grpo_lightning.errors import ConfigError
 from grpo_lightning.losses import LossConfig, policy_loss
-from grpo_lightning.ops.tie import tied
+from grpo_lightning.ops.zero_grad import tied
 from grpo_lightning.packing.geometry import Outline
 from grpo_lightning.policy import Policy
 

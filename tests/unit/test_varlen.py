@@ -6,8 +6,8 @@ import warnings
 import pytest
 import torch
 
-from grpo_lightning.ops.segments import SharedPrompts
-from grpo_lightning.ops.varlen import Dense, shared_prompt_attention
+from grpo_lightning.ops.attention.shared_prompts import SharedPrompts
+from grpo_lightning.ops.attention.varlen import Dense, shared_prompt_attention
 
 CASES = {
     "two groups": ([4, 3], [[2, 5, 1], [3, 0]]),
@@ -93,7 +93,12 @@ def test_equals_one_softmax(name, filled):
 
 
 def test_what_the_flash_kernels_do_not_cover_is_said_once():
-    from grpo_lightning.ops.attention import PackedLayout, _say_once, packed_attention, why_not_segments
+    from grpo_lightning.ops.attention.packed import (
+        PackedLayout,
+        _say_once,
+        packed_attention,
+        why_not_segments,
+    )
 
     zeros = torch.zeros(4, dtype=torch.int64)
     layout = PackedLayout.of([2], [3], [0], zeros, torch.arange(4), segments=True)
@@ -141,7 +146,7 @@ def test_completions_do_not_see_each_other():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("rows", "heads", "width"), [(1, 1, 8), (7, 3, 12), (9, 2, 64)])
 def test_kernel_merges_as_its_twin(dtype, rows, heads, width):
-    from grpo_lightning.ops import varlen_triton
+    from grpo_lightning.ops.attention.packed import varlen_triton
 
     g = torch.Generator().manual_seed(0)
     out, more = (torch.randn(rows, heads, width, generator=g).to(dtype) for _ in range(2))

@@ -11,8 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from grpo_lightning.ops.head import Inputs, Scores, new_rows, parts, rows_in_budget
-from grpo_lightning.ops.products import wide_product_into
+from grpo_lightning.ops.lm_head.rows import Inputs, Scores, new_rows, parts, rows_in_budget
+from grpo_lightning.ops.matmul import wide_product_into
 
 
 class Chunk(NamedTuple):

@@ -9,9 +9,9 @@ import math
 import torch
 from torch import Tensor
 
-from grpo_lightning.ops.head import Head, Inputs
-from grpo_lightning.ops.head_logits import chunks
-from grpo_lightning.ops.logprobs import temperatures
+from grpo_lightning.ops.lm_head.chunked_logits import chunks
+from grpo_lightning.ops.lm_head.logprobs import temperatures
+from grpo_lightning.ops.lm_head.rows import Head, Inputs
 from grpo_lightning.types import Truncation
 
 

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from grpo_lightning.ops.filling import Shape, fill
+from grpo_lightning.ops.attention.shape_buckets import Shape, fill
 
 
 class Spans(NamedTuple):

@@ -19,9 +19,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from grpo_lightning.ops import head_gemm_triton as kernels
-from grpo_lightning.ops.head import Inputs, Scores, new_rows, parts, rows_in_budget
-from grpo_lightning.ops.head_logits import Logits
+from grpo_lightning.ops.lm_head import fused_gemm_triton as kernels
+from grpo_lightning.ops.lm_head.chunked_logits import Logits
+from grpo_lightning.ops.lm_head.rows import Inputs, Scores, new_rows, parts, rows_in_budget
 
 MOST_ROWS = 2048
 """of a chunk: more of h would not stay in the second-level cache beside a tile of W"""

@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from grpo_lightning.ops.head import Head, Inputs
+from grpo_lightning.ops.lm_head.rows import Head, Inputs
 
 ROWS, COLUMNS, DEPTH = 128, 256, 64
 """a tile; with 8 warps and 3 stages the fastest of 30 settings on an H200"""

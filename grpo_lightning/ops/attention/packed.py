@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from grpo_lightning.ops.segments import SharedPrompts
-from grpo_lightning.ops.varlen import Flash, shared_prompt_attention
+from grpo_lightning.ops.attention.shared_prompts import SharedPrompts
+from grpo_lightning.ops.attention.varlen import Flash, shared_prompt_attention
 
 
 @dataclass(slots=True)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from grpo_lightning.ops.segments import SharedPrompts, Spans
+from grpo_lightning.ops.attention.shared_prompts import SharedPrompts, Spans
 
 
 class Kernels(Protocol):
@@ -62,7 +62,7 @@ class Flash:
 
     def merge(self, out: Tensor, lse: Tensor, more: Tensor, mass: Tensor) -> None:
         """Merges in one kernel."""
-        from grpo_lightning.ops import varlen_triton
+        from grpo_lightning.ops.attention.packed import varlen_triton
 
         varlen_triton.merge(out, lse, more, mass)
 

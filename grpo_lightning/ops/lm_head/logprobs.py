@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from grpo_lightning.ops import head as torch_twin
-from grpo_lightning.ops.head import Head, Inputs, Scores, Way
-from grpo_lightning.ops.head_logits import Logits
-from grpo_lightning.ops.products import wide_product
+from grpo_lightning.ops.lm_head import rows as torch_twin
+from grpo_lightning.ops.lm_head.chunked_logits import Logits
+from grpo_lightning.ops.lm_head.rows import Head, Inputs, Scores, Way
+from grpo_lightning.ops.matmul import wide_product
 from grpo_lightning.utils.dispatch import use_triton
 
 
@@ -83,7 +83,8 @@ def temperatures(temperature: float | Tensor, hidden: Tensor) -> Tensor:
 def _way(hidden: Tensor, weight: Tensor, backend: str) -> Way:
     if not use_triton(hidden.device, backend):
         return Logits(torch_twin)
-    from grpo_lightning.ops import head_gemm, head_triton
+    from grpo_lightning.ops.lm_head import fused_gemm as head_gemm
+    from grpo_lightning.ops.lm_head import rows_triton as head_triton
 
     logits = Logits(head_triton)
     return head_gemm.Exponentials(logits) if head_gemm.suits(hidden, weight) else logits

@@ -1,0 +1,1 @@
+"""Attention over a packed rollout, with prompts that several completions share, in few shapes."""
