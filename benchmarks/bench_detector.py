@@ -29,7 +29,7 @@ from sick_vllm import SICKNESSES, SickVLLM
 from grpo_lightning import GRPOModule, PromptDataModule, RolloutCallback, SamplingParams
 from grpo_lightning.callbacks import policy_check
 from grpo_lightning.errors import GRPOError
-from grpo_lightning.kernels import KernelConfig
+from grpo_lightning.kernels.config import KernelConfig
 from grpo_lightning.losses import LossConfig
 from grpo_lightning.models import resolve_model
 from grpo_lightning.rewards import FormatReward, math_answer, reasoning_gym_score

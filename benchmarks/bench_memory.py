@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from tiny import tiny_tokenizer
 from workloads import SHAPES, make_model
 
-from grpo_lightning.kernels import KernelConfig
+from grpo_lightning.kernels.config import KernelConfig
 from grpo_lightning.loading import _offload
 from grpo_lightning.losses import LossConfig
 from grpo_lightning.losses.fused import policy_loss

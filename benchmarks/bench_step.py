@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from tiny import tiny_tokenizer
 from workloads import SHAPES, WORKLOADS, floor_ms, make_model, make_rollout
 
-from grpo_lightning.kernels import KernelConfig
+from grpo_lightning.kernels.config import KernelConfig
 from grpo_lightning.losses import LossConfig
 from grpo_lightning.losses.fused import policy_loss
 from grpo_lightning.packing.batch import RolloutBatch

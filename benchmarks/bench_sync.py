@@ -38,7 +38,7 @@ from torch.nn.functional import linear
 
 from grpo_lightning import GRPOModule, PromptDataModule, RolloutCallback
 from grpo_lightning.data.arithmetic import sums
-from grpo_lightning.kernels import KernelConfig
+from grpo_lightning.kernels.config import KernelConfig
 from grpo_lightning.loading import load_policy
 from grpo_lightning.lora import lora_config
 from grpo_lightning.losses import LossConfig

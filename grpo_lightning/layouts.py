@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from grpo_lightning.graphs import Graphs, decoded
+from grpo_lightning.kernels.cuda_graphs import Graphs, decoded
 from grpo_lightning.ops.attention.packed import PackedLayout, packed_attention
 from grpo_lightning.packing.batch import RolloutBatch
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from grpo_lightning.checkpoint import load, save
 from grpo_lightning.errors import ConfigError, hinted
 from grpo_lightning.finite import SkippedSteps, build_optimizer, check_options, check_weights
-from grpo_lightning.kernels import KernelConfig
+from grpo_lightning.kernels.config import KernelConfig
 from grpo_lightning.lora import check_quantization, lora_config, starts_as_base
 from grpo_lightning.losses import Coefficients, LossConfig
 from grpo_lightning.losses.custom_check import check_surrogate

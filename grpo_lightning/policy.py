@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from grpo_lightning.dropout import Rates, dropout_rates
 from grpo_lightning.errors import ConfigError
-from grpo_lightning.graphs import Graphs, make_graphs
-from grpo_lightning.kernels import KernelConfig, Prepared
+from grpo_lightning.kernels.config import KernelConfig, Prepared
+from grpo_lightning.kernels.cuda_graphs import Graphs, make_graphs
 from grpo_lightning.layouts import (
     PACKED,
     decoder_of,

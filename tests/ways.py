@@ -1,6 +1,6 @@
 """Which way a call goes: the head's through logits, the decoder's without a graph."""
 
-from grpo_lightning.graphs import decoded
+from grpo_lightning.kernels.cuda_graphs import decoded
 from grpo_lightning.ops.lm_head.chunked_logits import Logits
 
 

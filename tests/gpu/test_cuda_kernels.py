@@ -10,7 +10,7 @@ from models import random_rollout, tiny_llama
 from tiny import tiny_tokenizer
 from ways import NoGraph
 
-from grpo_lightning.kernels import KernelConfig
+from grpo_lightning.kernels.config import KernelConfig
 from grpo_lightning.losses import RECIPES, CorrectionConfig, LossConfig
 from grpo_lightning.losses.fused import policy_loss_grad
 from grpo_lightning.ops import fused_linear_logprobs

@@ -11,8 +11,8 @@ import torch
 from models import TINY, random_rollout
 from tiny import tiny_tokenizer
 
-from grpo_lightning.exchange import SWAPS
-from grpo_lightning.kernels import AUTO, KernelConfig
+from grpo_lightning.kernels.config import AUTO, KernelConfig
+from grpo_lightning.kernels.patching import SWAPS
 from grpo_lightning.policy import Policy
 from grpo_lightning.verification import logprob_distance
 
@@ -281,7 +281,7 @@ def test_attention_that_computes_something_else_stays(kind, changes, stay):
 
 
 def test_the_probe_leaves_an_attention_as_it_was():
-    from grpo_lightning.exchange import one_kernel_rotary
+    from grpo_lightning.kernels.patching import one_kernel_rotary
 
     (swap,) = (s for s in SWAPS if s.flag == "rotary")
     model = causal("Qwen3", attention_dropout=0.25)
@@ -298,7 +298,7 @@ def test_the_probe_leaves_an_attention_as_it_was():
 
 
 def test_only_packed_rows_are_turned_by_the_op(monkeypatch):
-    from grpo_lightning import attention_layers
+    from grpo_lightning.kernels.config import rotary_attention as attention_layers
 
     calls = []
     stock = attention_layers.rotary

@@ -10,8 +10,8 @@ from tiny import tiny_tokenizer
 from ways import NoGraph
 
 from grpo_lightning.errors import ConfigError, GRPOError
-from grpo_lightning.graphs import decoded, make_graphs, recomputed
-from grpo_lightning.kernels import AUTO, KernelConfig
+from grpo_lightning.kernels.config import AUTO, KernelConfig
+from grpo_lightning.kernels.cuda_graphs import decoded, make_graphs, recomputed
 from grpo_lightning.ops.attention.packed import PackedLayout, _say_once
 from grpo_lightning.policy import Policy
 from grpo_lightning.verification import first_step_distance, logprob_distance
@@ -154,7 +154,7 @@ def test_the_gradient_of_a_policy_that_is_sure_is_compared_too():
 
 def test_a_kernel_without_its_gradient_stops_the_run(model_folder, tmp_path, monkeypatch):
     """Log-probabilities are right."""
-    from grpo_lightning import lora_layers
+    from grpo_lightning.kernels.config import lora as lora_layers
 
     stock = lora_layers.lora_linears
 
@@ -178,7 +178,7 @@ def test_the_shortest_pair():
 
 
 def test_a_kernel_that_computes_something_else_stops_the_run(model_folder, tmp_path, monkeypatch):
-    from grpo_lightning import lora_layers
+    from grpo_lightning.kernels.config import lora as lora_layers
 
     monkeypatch.setattr(lora_layers, "lora_linears", lambda x, ls: [x @ ls[0].weight.T * 1.1])
     m = module(model_folder, kernels=KernelConfig(lora="on"))

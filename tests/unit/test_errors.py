@@ -9,7 +9,7 @@ from grpo_lightning import GRPOModule, PromptDataModule, RolloutCallback, Sampli
 from grpo_lightning.callbacks import RunReport, SampleTable, ValidationConfig
 from grpo_lightning.errors import ConfigError, GRPOError, UnknownOption
 from grpo_lightning.faults import blamed, differing, explained, named
-from grpo_lightning.kernels import KernelConfig
+from grpo_lightning.kernels.config import KernelConfig
 from grpo_lightning.losses import AdaptiveEntropy, AdaptiveKL, CorrectionConfig, LossConfig
 from grpo_lightning.reference import ReferenceConfig
 from grpo_lightning.rewards import FormatReward

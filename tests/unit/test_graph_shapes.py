@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from grpo_lightning import graphs as module
-from grpo_lightning.graphs import Graphs
+from grpo_lightning.kernels.config import cuda_graphs as module
+from grpo_lightning.kernels.cuda_graphs import Graphs
 from grpo_lightning.ops.attention.packed import PackedLayout
 
 

@@ -5,7 +5,7 @@ import torch
 from models import random_rollout, tiny_llama
 from tiny import tiny_tokenizer
 
-from grpo_lightning.kernels import KernelConfig
+from grpo_lightning.kernels.config import KernelConfig
 from grpo_lightning.ops.lora_linear import Adapted, lora_linears
 
 

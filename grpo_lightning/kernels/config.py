@@ -16,7 +16,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
 from grpo_lightning.errors import ConfigError, choices, hinted
-from grpo_lightning.exchange import Exchange
+from grpo_lightning.kernels.patching import Exchange
 from grpo_lightning.packing.geometry import Outline
 
 CHOICES = ("auto", "on", "off")

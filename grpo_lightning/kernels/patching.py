@@ -15,8 +15,8 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
-from grpo_lightning.attention_layers import is_rotary_attention, one_kernel_rotary
-from grpo_lightning.lora_layers import Siblings, fused, is_lora, sharing, why_not_fused
+from grpo_lightning.kernels.lora import Siblings, fused, is_lora, sharing, why_not_fused
+from grpo_lightning.kernels.rotary_attention import is_rotary_attention, one_kernel_rotary
 from grpo_lightning.ops.swiglu import swiglu
 
 

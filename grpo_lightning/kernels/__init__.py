@@ -1,0 +1,1 @@
+"""What is replaced inside a loaded transformers model, for `model.kernels`."""
