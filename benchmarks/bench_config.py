@@ -22,7 +22,7 @@ from bench_rollout import save_model
 from measure import save, setting, table
 from workloads import SHAPES
 
-from grpo_lightning.models import resolve_model
+from grpo_lightning.policy.model_source import resolve_model
 
 HERE = Path(__file__).parent
 

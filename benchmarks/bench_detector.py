@@ -31,7 +31,7 @@ from grpo_lightning.callbacks import policy_check
 from grpo_lightning.errors import GRPOError
 from grpo_lightning.kernels.config import KernelConfig
 from grpo_lightning.losses import LossConfig
-from grpo_lightning.models import resolve_model
+from grpo_lightning.policy.model_source import resolve_model
 from grpo_lightning.rewards import FormatReward, math_answer, reasoning_gym_score
 from grpo_lightning.rollout import EngineContext, VLLMEngine
 

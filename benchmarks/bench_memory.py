@@ -18,11 +18,11 @@ from tiny import tiny_tokenizer
 from workloads import SHAPES, make_model
 
 from grpo_lightning.kernels.config import KernelConfig
-from grpo_lightning.loading import _offload
 from grpo_lightning.losses import LossConfig
 from grpo_lightning.losses.fused import policy_loss
 from grpo_lightning.packing.batch import RolloutBatch
-from grpo_lightning.policy import Policy
+from grpo_lightning.policy.loading import _offload
+from grpo_lightning.policy.policy import Policy
 from grpo_lightning.types import Completion
 
 WAYS = ("kept", "recomputed", "recomputed, inputs in host memory")

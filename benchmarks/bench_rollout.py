@@ -27,10 +27,10 @@ import torch
 from measure import parser, save, setting, table, used_gib
 from workloads import LINEAR, SHAPES
 
-from grpo_lightning.loading import load_policy
-from grpo_lightning.lora import lora_config
 from grpo_lightning.packing.batch import RolloutBatch
-from grpo_lightning.policy import Policy
+from grpo_lightning.policy.loading import load_policy
+from grpo_lightning.policy.lora import lora_config
+from grpo_lightning.policy.policy import Policy
 from grpo_lightning.rollout import EngineContext, Request, VLLMEngine
 from grpo_lightning.rollout.engine import sample_seeds
 from grpo_lightning.rollout.vllm_compat import put_weights

@@ -28,7 +28,7 @@ from grpo_lightning.kernels.config import KernelConfig
 from grpo_lightning.losses import LossConfig
 from grpo_lightning.losses.fused import policy_loss
 from grpo_lightning.packing.batch import RolloutBatch
-from grpo_lightning.policy import Policy
+from grpo_lightning.policy.policy import Policy
 
 OFF = dict.fromkeys(asdict(KernelConfig()), "off")
 

@@ -39,11 +39,11 @@ from torch.nn.functional import linear
 from grpo_lightning import GRPOModule, PromptDataModule, RolloutCallback
 from grpo_lightning.data.arithmetic import sums
 from grpo_lightning.kernels.config import KernelConfig
-from grpo_lightning.loading import load_policy
-from grpo_lightning.lora import lora_config
 from grpo_lightning.losses import LossConfig
 from grpo_lightning.ops.matmul import wide_product
 from grpo_lightning.packing.batch import RolloutBatch
+from grpo_lightning.policy.loading import load_policy
+from grpo_lightning.policy.lora import lora_config
 from grpo_lightning.rewards import FormatReward, math_answer
 from grpo_lightning.rollout import EngineContext, Request, VLLMEngine, vllm
 from grpo_lightning.rollout.engine import sample_seeds
@@ -302,7 +302,7 @@ def fit(
 
 def one(way: str, args: argparse.Namespace) -> dict[str, Any]:
     """Returns the runs of one way."""
-    from grpo_lightning.models import resolve_model
+    from grpo_lightning.policy.model_source import resolve_model
 
     path, cuda = resolve_model(args.model), torch.cuda.is_available()
     kind = "adapter" if way in ("adapter", "fp16") else "merge"

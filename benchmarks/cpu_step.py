@@ -24,7 +24,7 @@ from typing import Any
 
 from grpo_lightning import PromptDataModule
 from grpo_lightning.cli import load_config
-from grpo_lightning.models import resolve_model
+from grpo_lightning.policy.model_source import resolve_model
 
 HERE = Path(__file__).parent
 VLLM = ("--config", str(HERE.parent / "configs" / "engine" / "vllm.yaml"))

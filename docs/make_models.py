@@ -15,11 +15,11 @@ from typing import Any, NamedTuple
 import torch
 from tiny_configs import VOCAB, WINDOW, tiny_config
 
-from grpo_lightning.dropout import disable_dropout
 from grpo_lightning.errors import GRPOError
 from grpo_lightning.packing.batch import RolloutBatch
-from grpo_lightning.policy import Policy
-from grpo_lightning.probe import settle_forward
+from grpo_lightning.policy.dropout import disable_dropout
+from grpo_lightning.policy.policy import Policy
+from grpo_lightning.policy.probe import settle_forward
 from grpo_lightning.rollout.engine import Request
 from grpo_lightning.rollout.hf import WAYS, HFEngine, right_way
 from grpo_lightning.types import Completion, SamplingParams
@@ -217,7 +217,7 @@ Made by `python docs/make_models.py` with transformers {version}; `--check` repe
 | not built | {not_built} | transformers builds no tiny model of it from its config here, so it was not tried |
 
 Nobody keeps a list of these: at the start of a fit a few tokens go through the loaded model, packed, padded and one row at a time, in
-its own dtype, and the fastest way that gives the log-probabilities of one row at a time is taken (`grpo_lightning/probe.py`). `HFEngine`
+its own dtype, and the fastest way that gives the log-probabilities of one row at a time is taken (`grpo_lightning/policy/probe.py`). `HFEngine`
 tries likewise whether it may decode all prompts together ({together} entries), prompts of one length at a time ({by_length}), or only without
 a cache ({uncached}).
 

@@ -13,27 +13,27 @@ from torch import Tensor
 
 from grpo_lightning.checkpoint import load, save
 from grpo_lightning.errors import ConfigError, hinted
-from grpo_lightning.finite import SkippedSteps, build_optimizer, check_options, check_weights
 from grpo_lightning.kernels.config import KernelConfig
-from grpo_lightning.lora import check_quantization, lora_config, starts_as_base
 from grpo_lightning.losses import Coefficients, LossConfig
 from grpo_lightning.losses.custom_check import check_surrogate
 from grpo_lightning.losses.fused import policy_loss
 from grpo_lightning.losses.policy_loss import Weights
 from grpo_lightning.metrics.logging import all_ranks, gradient_norm, gradient_scale, log_numbers
 from grpo_lightning.metrics.reduce import Stat, combine, values
-from grpo_lightning.models import loading_options, named, resolve_model
 from grpo_lightning.packing.batch import RolloutBatch
-from grpo_lightning.probe import settle_forward
-from grpo_lightning.reference import ReferenceConfig
+from grpo_lightning.policy.finite_checks import SkippedSteps, build_optimizer, check_options, check_weights
+from grpo_lightning.policy.lora import check_quantization, lora_config, starts_as_base
+from grpo_lightning.policy.model_source import loading_options, named, resolve_model
+from grpo_lightning.policy.probe import settle_forward
+from grpo_lightning.policy.reference import ReferenceConfig
+from grpo_lightning.policy.verification import check_totals, engine_gap, first_step_distance, rollout_stats
+from grpo_lightning.policy.weight_dtypes import WeightsChanged, check_precision, check_trained
 from grpo_lightning.resume import AsksForCheckpoints
 from grpo_lightning.trainer_support import TrainerSupport, explains
 from grpo_lightning.types import PromptBatch
-from grpo_lightning.verification import check_totals, engine_gap, first_step_distance, rollout_stats
-from grpo_lightning.weight_dtypes import WeightsChanged, check_precision, check_trained
 
 if TYPE_CHECKING:
-    from grpo_lightning.policy import Policy
+    from grpo_lightning.policy.policy import Policy
 
 
 def _adamw(params: Any) -> torch.optim.Optimizer:
@@ -173,7 +173,7 @@ class GRPOModule(TrainerSupport, AsksForCheckpoints):
             self.policy.precision = self._trainer.precision_plugin.forward_context
 
     def _load(self) -> "Policy":
-        from grpo_lightning.loading import load_policy
+        from grpo_lightning.policy.loading import load_policy
 
         return load_policy(
             self.model_path,

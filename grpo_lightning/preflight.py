@@ -13,7 +13,7 @@ from lightning.pytorch.strategies import SingleDeviceStrategy
 from grpo_lightning.callbacks.rollout import RolloutCallback
 from grpo_lightning.data.loader import check_enough
 from grpo_lightning.errors import ConfigError
-from grpo_lightning.finite import build_optimizer
+from grpo_lightning.policy.finite_checks import build_optimizer
 
 PROCESSES = 8
 """processes of one CPU that may always be asked for, however few cores there are"""

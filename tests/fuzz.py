@@ -347,8 +347,8 @@ def prepare(folder: Path) -> dict[str, Any]:
     import torch
     from models import save_tiny
 
-    import grpo_lightning.loading
-    import grpo_lightning.policy  # noqa: F401
+    import grpo_lightning.policy.loading
+    import grpo_lightning.policy.policy  # noqa: F401
 
     torch.set_num_threads(1)
     model = save_tiny(folder / "model")

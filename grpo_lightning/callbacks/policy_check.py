@@ -25,8 +25,8 @@ from grpo_lightning.callbacks.surroundings import run_seed
 from grpo_lightning.errors import ConfigError, EngineError, GRPOError, choices
 from grpo_lightning.metrics.logging import gather, log_numbers
 from grpo_lightning.packing.batch import RolloutBatch
+from grpo_lightning.policy.verification import Distances, distances
 from grpo_lightning.rollout.engine import Request, describe, sample_seeds
-from grpo_lightning.verification import Distances, distances
 
 if TYPE_CHECKING:
     from grpo_lightning.callbacks.rollout import RolloutCallback

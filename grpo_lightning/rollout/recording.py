@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from grpo_lightning.errors import ConfigError, EngineError, hinted
-from grpo_lightning.policy import Policy
+from grpo_lightning.policy.policy import Policy
 from grpo_lightning.rollout.engine import EngineContext, Request
 from grpo_lightning.types import Completion, SamplingParams
 from grpo_lightning.utils.atomic_files import removed_after, temporary

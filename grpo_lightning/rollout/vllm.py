@@ -11,7 +11,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from grpo_lightning.errors import ConfigError, EngineError, choices, hinted
-from grpo_lightning.policy import Policy
+from grpo_lightning.policy.policy import Policy
 from grpo_lightning.rollout.engine import EngineContext, Request
 from grpo_lightning.rollout.process_guard import process_kept, random_kept
 from grpo_lightning.rollout.session import Session

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from grpo_lightning.errors import ConfigError
-from grpo_lightning.policy import Policy
+from grpo_lightning.policy.policy import Policy
 from grpo_lightning.rollout.engine import EngineContext
 from grpo_lightning.rollout.vllm_compat import import_vllm
 from grpo_lightning.rollout.weights import adapter_ranks, is_quantized

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from grpo_lightning.errors import ConfigError, choices
-from grpo_lightning.policy import Policy
+from grpo_lightning.policy.policy import Policy
 
 Named = tuple[str, Tensor]
 """a weight and its name in the checkpoint"""

@@ -9,7 +9,7 @@ from tiny import tiny_tokenizer
 
 from grpo_lightning.losses import RECIPES, LossConfig, policy_loss
 from grpo_lightning.ops import fused_linear_logprobs
-from grpo_lightning.policy import Policy
+from grpo_lightning.policy.policy import Policy
 
 pytestmark = pytest.mark.gpu
 

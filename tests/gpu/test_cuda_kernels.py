@@ -19,8 +19,8 @@ from grpo_lightning.ops.attention.varlen import Dense, Flash, shared_prompt_atte
 from grpo_lightning.ops.lora_linear import Adapted, lora_linears
 from grpo_lightning.ops.rotary import rotary
 from grpo_lightning.ops.swiglu import swiglu
-from grpo_lightning.policy import Policy
-from grpo_lightning.verification import logprob_distance
+from grpo_lightning.policy.policy import Policy
+from grpo_lightning.policy.verification import logprob_distance
 
 pytestmark = pytest.mark.gpu
 BODY = KernelConfig(attention="on", lora="on", qkv="on", swiglu="on", norm="on", rotary="on")

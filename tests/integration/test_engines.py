@@ -5,7 +5,7 @@ from tiny import tiny_tokenizer
 
 from grpo_lightning.errors import ConfigError, EngineError
 from grpo_lightning.packing.batch import RolloutBatch
-from grpo_lightning.policy import Policy
+from grpo_lightning.policy.policy import Policy
 from grpo_lightning.rollout import EngineContext, HFEngine, ReplayEngine, Request, RolloutEngine, VLLMEngine
 from grpo_lightning.rollout.engine import sample_seeds
 from grpo_lightning.rollout.recording import record

@@ -13,8 +13,8 @@ from tiny import tiny_tokenizer
 
 from grpo_lightning.kernels.config import AUTO, KernelConfig
 from grpo_lightning.kernels.patching import SWAPS
-from grpo_lightning.policy import Policy
-from grpo_lightning.verification import logprob_distance
+from grpo_lightning.policy.policy import Policy
+from grpo_lightning.policy.verification import logprob_distance
 
 CPU = torch.device("cpu")
 BODY = ("lora", "qkv", "swiglu", "norm", "rotary")

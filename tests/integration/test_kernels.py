@@ -13,8 +13,8 @@ from grpo_lightning.errors import ConfigError, GRPOError
 from grpo_lightning.kernels.config import AUTO, KernelConfig
 from grpo_lightning.kernels.cuda_graphs import decoded, make_graphs, recomputed
 from grpo_lightning.ops.attention.packed import PackedLayout, _say_once
-from grpo_lightning.policy import Policy
-from grpo_lightning.verification import first_step_distance, logprob_distance
+from grpo_lightning.policy.policy import Policy
+from grpo_lightning.policy.verification import first_step_distance, logprob_distance
 
 CPU = torch.device("cpu")
 

@@ -10,7 +10,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from grpo_lightning import SamplingParams
 from grpo_lightning.errors import ConfigError, GRPOError
 from grpo_lightning.losses import AdaptiveKL, CorrectionConfig, LossConfig
-from grpo_lightning.reference import ReferenceConfig
+from grpo_lightning.policy.reference import ReferenceConfig
 
 KL = LossConfig("dapo", kl_coef=0.1)
 

@@ -11,7 +11,7 @@ from nonfinite import BadGradient, BadLogits, BadWeight
 
 from grpo_lightning.errors import ConfigError, EngineError, GRPOError
 from grpo_lightning.losses import AdaptiveEntropy, LossConfig
-from grpo_lightning.reference import ReferenceConfig
+from grpo_lightning.policy.reference import ReferenceConfig
 
 
 def saver(root):
@@ -220,7 +220,7 @@ def test_a_healthy_run_is_the_same_run(model_folder, tmp_path, monkeypatch):
     kept = []
     for i, checked in enumerate((True, False)):
         if not checked:
-            monkeypatch.setattr("grpo_lightning.finite.SkippedSteps.judge", lambda *a: 0)
+            monkeypatch.setattr("grpo_lightning.policy.finite_checks.SkippedSteps.judge", lambda *a: 0)
             monkeypatch.setattr("grpo_lightning.module.check_weights", lambda m: None)
             monkeypatch.setattr("grpo_lightning.checkpoint.check_saved_numbers", lambda *a: None)
         m = module(model_folder)

@@ -68,7 +68,7 @@ def test_in_training(model_folder, tmp_path, monkeypatch, where, n):
                 error = RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: 9 bytes")
             monkeypatch.setattr(torch.Tensor, "backward", full(torch.Tensor.backward, n, error))
 
-    monkeypatch.setattr("grpo_lightning.verification.gradient_distance", lambda *a: 0.0)
+    monkeypatch.setattr("grpo_lightning.policy.verification.gradient_distance", lambda *a: 0.0)
     error, found, saved = failing(model_folder, tmp_path, change=change)
     said = str(error)
     assert isinstance(error, OutOfMemory)

@@ -9,10 +9,10 @@ from peft import LoraConfig, get_peft_model
 from tiny import tiny_tokenizer
 
 from grpo_lightning.errors import ConfigError
-from grpo_lightning.layouts import padded_hidden
 from grpo_lightning.packing.batch import RolloutBatch
-from grpo_lightning.policy import Policy
-from grpo_lightning.probe import check_head
+from grpo_lightning.policy.forward import padded_hidden
+from grpo_lightning.policy.policy import Policy
+from grpo_lightning.policy.probe import check_head
 
 
 def lora_policy(model=None, seed=0, **settings):

@@ -16,8 +16,8 @@ from tiny import tiny_tokenizer
 from grpo_lightning import SamplingParams
 from grpo_lightning.callbacks import policy_check
 from grpo_lightning.errors import EngineError, GRPOError
+from grpo_lightning.policy.verification import Distances
 from grpo_lightning.rollout import HFEngine
-from grpo_lightning.verification import Distances
 
 PRECISIONS = ("32-true", "bf16-true")
 
@@ -165,7 +165,7 @@ def test_a_run_may_go_on_with_a_warning(folders, tmp_path):
 
 def test_kernels_that_compute_something_else_are_named(folders, tmp_path, monkeypatch):
     from grpo_lightning import GRPOModule
-    from grpo_lightning.policy import Policy
+    from grpo_lightning.policy.policy import Policy
 
     stock = Policy.logprobs
 

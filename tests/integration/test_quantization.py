@@ -81,6 +81,6 @@ def test_the_4_bit_policy_is_not_the_full_one(wide_model):
 def test_errors(model_folder, tmp_path, monkeypatch):
     with pytest.raises(ConfigError, match=r"model\.lora is null: rounded weights do not train"):
         trainer(tmp_path, rollout()).fit(four_bit(model_folder, lora=None), data())
-    monkeypatch.setattr("grpo_lightning.lora.find_spec", lambda name: None)
+    monkeypatch.setattr("grpo_lightning.policy.lora.find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"pip install 'grpo-lightning\[qlora\]'"):
         trainer(tmp_path, rollout()).fit(four_bit(model_folder), data())

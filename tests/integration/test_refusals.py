@@ -130,7 +130,7 @@ def test_the_table_shows_the_advantages_that_train(model_folder, tmp_path):
 
 
 def test_a_reference_in_bf16_moves_in_small_steps():
-    from grpo_lightning.reference import WeightCopy
+    from grpo_lightning.policy.reference import WeightCopy
 
     params = {"w": torch.nn.Parameter(torch.ones(100, dtype=torch.bfloat16))}
     copy = WeightCopy(params, torch.float32)

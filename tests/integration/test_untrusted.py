@@ -17,7 +17,7 @@ from fits import data, module, rollout, trainer
 
 from grpo_lightning import GRPOModule
 from grpo_lightning.errors import ConfigError, GRPOError
-from grpo_lightning.models import loading_options
+from grpo_lightning.policy.model_source import loading_options
 from grpo_lightning.utils.untrusted import check_local
 from grpo_lightning.utils.yaml_text import DEEPEST, MOST_ALIASED
 

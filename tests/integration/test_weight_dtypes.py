@@ -7,8 +7,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from grpo_lightning.errors import ConfigError
 from grpo_lightning.losses import LossConfig
-from grpo_lightning.reference import ReferenceConfig
-from grpo_lightning.weight_dtypes import WeightsChanged
+from grpo_lightning.policy.reference import ReferenceConfig
+from grpo_lightning.policy.weight_dtypes import WeightsChanged
 
 
 def adamw(lr=1e-6):

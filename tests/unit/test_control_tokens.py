@@ -64,7 +64,7 @@ def trained(kind, template, special, plain=()):
 def smollm2():
     from transformers import AutoTokenizer
 
-    from grpo_lightning.models import EMBEDDED_MODEL, resolve_model
+    from grpo_lightning.policy.model_source import EMBEDDED_MODEL, resolve_model
 
     return AutoTokenizer.from_pretrained(resolve_model(EMBEDDED_MODEL))
 

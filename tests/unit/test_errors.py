@@ -11,7 +11,7 @@ from grpo_lightning.errors import ConfigError, GRPOError, UnknownOption
 from grpo_lightning.faults import blamed, differing, explained, named
 from grpo_lightning.kernels.config import KernelConfig
 from grpo_lightning.losses import AdaptiveEntropy, AdaptiveKL, CorrectionConfig, LossConfig
-from grpo_lightning.reference import ReferenceConfig
+from grpo_lightning.policy.reference import ReferenceConfig
 from grpo_lightning.rewards import FormatReward
 from grpo_lightning.rollout import HFEngine, ReplayEngine, VLLMEngine
 from grpo_lightning.usage import condensed

@@ -6,7 +6,7 @@ import pytest
 import torch
 from peft import LoraConfig
 
-from grpo_lightning.lora import BOOKKEEPING, lora_config, lora_identity
+from grpo_lightning.policy.lora import BOOKKEEPING, lora_config, lora_identity
 
 FIELDS = [f.name for f in fields(LoraConfig)]
 IDENTITY = [name for name in FIELDS if name not in BOOKKEEPING]

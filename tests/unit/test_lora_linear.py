@@ -141,7 +141,7 @@ def test_an_input_that_needs_no_gradient_gets_none():
 def lora_policy(fused, **lora):
     from peft import LoraConfig, get_peft_model
 
-    from grpo_lightning.policy import Policy
+    from grpo_lightning.policy.policy import Policy
 
     torch.manual_seed(0)
     model = get_peft_model(

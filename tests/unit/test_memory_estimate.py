@@ -13,7 +13,7 @@ from grpo_lightning.errors import ConfigError
 from grpo_lightning.losses import LossConfig, policy_loss
 from grpo_lightning.ops.zero_grad import tied
 from grpo_lightning.packing.geometry import Outline
-from grpo_lightning.policy import Policy
+from grpo_lightning.policy.policy import Policy
 
 
 def test_memory_through_the_origin_is_predicted_exactly():

@@ -5,9 +5,9 @@ import torch
 from models import random_rollout, tiny_llama
 from tiny import tiny_tokenizer
 
-from grpo_lightning.loading import _offload
 from grpo_lightning.ops.offload import Offloader
-from grpo_lightning.policy import Policy
+from grpo_lightning.policy.loading import _offload
+from grpo_lightning.policy.policy import Policy
 
 
 class Layer(torch.nn.Module):

@@ -8,10 +8,10 @@ import torch
 from grpo_lightning import RolloutCallback, SamplingParams
 from grpo_lightning.callbacks.evaluation import ValidationConfig
 from grpo_lightning.errors import ConfigError
-from grpo_lightning.finite import build_optimizer
-from grpo_lightning.lora import lora_config
 from grpo_lightning.losses import RECIPES, AdaptiveEntropy, AdaptiveKL, CorrectionConfig, LossConfig
-from grpo_lightning.reference import ReferenceConfig
+from grpo_lightning.policy.finite_checks import build_optimizer
+from grpo_lightning.policy.lora import lora_config
+from grpo_lightning.policy.reference import ReferenceConfig
 from grpo_lightning.schedulers import WarmupCosine
 from grpo_lightning.utils.ranges import check_numbers
 

@@ -6,8 +6,8 @@ from models import save_tiny
 from tiny import tiny_tokenizer
 
 from grpo_lightning.errors import ConfigError
-from grpo_lightning.loading import load_policy
-from grpo_lightning.lora import lora_config
+from grpo_lightning.policy.loading import load_policy
+from grpo_lightning.policy.lora import lora_config
 from grpo_lightning.rollout import weights
 from grpo_lightning.rollout.weights import adapter_of, choose_kind, merged_weights
 

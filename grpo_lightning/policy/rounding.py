@@ -18,7 +18,7 @@ from grpo_lightning.ops.lm_head.logprobs import temperatures
 from grpo_lightning.ops.lm_head.rows import Head, parts, rows_in_budget
 from grpo_lightning.ops.lm_head.truncation import truncate
 from grpo_lightning.packing.batch import RolloutBatch
-from grpo_lightning.policy import Policy
+from grpo_lightning.policy.policy import Policy
 
 TF32 = 2.0**-10
 """eps of what GPUs round the inputs of fp32 products to; engines' kernels may, whatever torch is told"""

@@ -13,13 +13,13 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from grpo_lightning.dropout import restored
 from grpo_lightning.errors import ConfigError
-from grpo_lightning.layouts import decoder_of
-from grpo_lightning.logit_changes import logit_changes
 from grpo_lightning.ops import fused_linear_logprobs
 from grpo_lightning.packing.batch import RolloutBatch
-from grpo_lightning.policy import Policy
+from grpo_lightning.policy.dropout import restored
+from grpo_lightning.policy.forward import decoder_of
+from grpo_lightning.policy.logit_transforms import logit_changes
+from grpo_lightning.policy.policy import Policy
 from grpo_lightning.types import Completion
 
 ROUNDING = {torch.float64: 2e-4, torch.float32: 2e-4, torch.float16: 0.05, torch.bfloat16: 0.2}

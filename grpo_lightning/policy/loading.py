@@ -5,12 +5,12 @@ from typing import Any
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
 
-from grpo_lightning.dropout import disable_dropout as switch_off
 from grpo_lightning.errors import ConfigError
-from grpo_lightning.lora import check_lora
 from grpo_lightning.ops.offload import Offloader
-from grpo_lightning.policy import Policy, unwrap
-from grpo_lightning.weight_dtypes import keep_copies_in_fp32
+from grpo_lightning.policy.dropout import disable_dropout as switch_off
+from grpo_lightning.policy.lora import check_lora
+from grpo_lightning.policy.policy import Policy, unwrap
+from grpo_lightning.policy.weight_dtypes import keep_copies_in_fp32
 
 
 def load_policy(

@@ -9,15 +9,15 @@ import torch
 from torch import Tensor
 
 from grpo_lightning.errors import ConfigError, GRPOError
-from grpo_lightning.finite import BAD_LOGPROBS
-from grpo_lightning.layouts import padded_hidden
 from grpo_lightning.losses.completion_sums import Segments
 from grpo_lightning.losses.token_selection import given
 from grpo_lightning.metrics.logging import over_ranks
 from grpo_lightning.metrics.reduce import Stat, extreme, mean, ratio
 from grpo_lightning.packing.batch import RolloutBatch
-from grpo_lightning.policy import Policy, TokenScores
-from grpo_lightning.rounding import head_logprobs, random_rounding, rounding_unit
+from grpo_lightning.policy.finite_checks import BAD_LOGPROBS
+from grpo_lightning.policy.forward import padded_hidden
+from grpo_lightning.policy.policy import Policy, TokenScores
+from grpo_lightning.policy.rounding import head_logprobs, random_rounding, rounding_unit
 
 LARGEST_DISTANCE = {torch.float64: 1e-3, torch.float32: 1e-3, torch.float16: 0.05, torch.bfloat16: 0.1}
 """mean distance, in nats, of two forwards that differ by rounding alone"""

@@ -10,11 +10,17 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
-from grpo_lightning.dropout import Rates, dropout_rates
 from grpo_lightning.errors import ConfigError
 from grpo_lightning.kernels.config import KernelConfig, Prepared
 from grpo_lightning.kernels.cuda_graphs import Graphs, make_graphs
-from grpo_lightning.layouts import (
+from grpo_lightning.ops import fused_linear_logprobs
+from grpo_lightning.ops.lm_head.truncation import kept_logmass
+from grpo_lightning.ops.zero_grad import tied
+from grpo_lightning.packing.batch import RolloutBatch
+from grpo_lightning.packing.geometry import Outline
+from grpo_lightning.policy.dropout import Rates, dropout_rates
+from grpo_lightning.policy.dynamic_rope import fix_rope, rope_limit, too_long
+from grpo_lightning.policy.forward import (
     PACKED,
     decoder_of,
     needs_padding,
@@ -22,14 +28,8 @@ from grpo_lightning.layouts import (
     padded_hidden,
     register_packed_attention,
 )
-from grpo_lightning.logit_changes import logit_changes
-from grpo_lightning.ops import fused_linear_logprobs
-from grpo_lightning.ops.lm_head.truncation import kept_logmass
-from grpo_lightning.ops.zero_grad import tied
-from grpo_lightning.packing.batch import RolloutBatch
-from grpo_lightning.packing.geometry import Outline
-from grpo_lightning.reference import WeightCopy
-from grpo_lightning.rope import fix_rope, rope_limit, too_long
+from grpo_lightning.policy.logit_transforms import logit_changes
+from grpo_lightning.policy.reference import WeightCopy
 
 
 class TokenScores(NamedTuple):
