@@ -28,12 +28,12 @@ from sick_vllm import SICKNESSES, SickVLLM
 
 from grpo_lightning import GRPOModule, PromptDataModule, RolloutCallback, SamplingParams
 from grpo_lightning.callbacks import policy_check
+from grpo_lightning.engines import EngineContext, VLLMEngine
 from grpo_lightning.errors import GRPOError
 from grpo_lightning.kernels.config import KernelConfig
 from grpo_lightning.losses import LossConfig
 from grpo_lightning.policy.model_source import resolve_model
 from grpo_lightning.rewards import FormatReward, math_answer, reasoning_gym_score
-from grpo_lightning.rollout import EngineContext, VLLMEngine
 
 LONGEST_QUESTION = 250
 

@@ -48,7 +48,7 @@ FLAGS = {
         *("--rollout.engine.init_args.engine_kwargs", json.dumps(COMPILED)),
     ),
     "asleep": ("--rollout.engine.init_args.sleep", "auto"),
-    "HF": ("--rollout.engine", "grpo_lightning.rollout.HFEngine"),
+    "HF": ("--rollout.engine", "grpo_lightning.engines.HFEngine"),
 }
 
 

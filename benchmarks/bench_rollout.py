@@ -27,14 +27,14 @@ import torch
 from measure import parser, save, setting, table, used_gib
 from workloads import LINEAR, SHAPES
 
+from grpo_lightning.engines import EngineContext, Request, VLLMEngine
+from grpo_lightning.engines.base import sample_seeds
+from grpo_lightning.engines.vllm.compat import put_weights
+from grpo_lightning.engines.weight_sync import all_weights
 from grpo_lightning.packing.batch import RolloutBatch
 from grpo_lightning.policy.loading import load_policy
 from grpo_lightning.policy.lora import lora_config
 from grpo_lightning.policy.policy import Policy
-from grpo_lightning.rollout import EngineContext, Request, VLLMEngine
-from grpo_lightning.rollout.engine import sample_seeds
-from grpo_lightning.rollout.vllm_compat import put_weights
-from grpo_lightning.rollout.weights import all_weights
 from grpo_lightning.types import SamplingParams
 
 AWAKE = {"sync": "adapter", "sleep": "off", "kv_cache_memory_bytes": 10 << 30}

@@ -38,6 +38,11 @@ from torch.nn.functional import linear
 
 from grpo_lightning import GRPOModule, PromptDataModule, RolloutCallback
 from grpo_lightning.data.arithmetic import sums
+from grpo_lightning.engines import EngineContext, Request, VLLMEngine
+from grpo_lightning.engines.base import sample_seeds
+from grpo_lightning.engines.update_share import UpdateShare
+from grpo_lightning.engines.vllm import engine as vllm
+from grpo_lightning.engines.weight_sync import lora_layers, merged_weight
 from grpo_lightning.kernels.config import KernelConfig
 from grpo_lightning.losses import LossConfig
 from grpo_lightning.ops.matmul import wide_product
@@ -45,10 +50,6 @@ from grpo_lightning.packing.batch import RolloutBatch
 from grpo_lightning.policy.loading import load_policy
 from grpo_lightning.policy.lora import lora_config
 from grpo_lightning.rewards import FormatReward, math_answer
-from grpo_lightning.rollout import EngineContext, Request, VLLMEngine, vllm
-from grpo_lightning.rollout.engine import sample_seeds
-from grpo_lightning.rollout.update_share import UpdateShare
-from grpo_lightning.rollout.weights import lora_layers, merged_weight
 from grpo_lightning.types import Completion, SamplingParams
 
 WAYS = ("adapter", "merge", "stochastic", "merge, both", "stochastic, both", "fp16")

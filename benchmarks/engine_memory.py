@@ -30,7 +30,7 @@ def noted(start: Callable[..., Any], file: Path) -> Callable[..., Any]:
 
 if __name__ == "__main__":
     from grpo_lightning.__main__ import main
-    from grpo_lightning.rollout import HFEngine, VLLMEngine
+    from grpo_lightning.engines import HFEngine, VLLMEngine
 
     for kind in (HFEngine, VLLMEngine):
         kind.start = noted(kind.start, Path(sys.argv[1]))

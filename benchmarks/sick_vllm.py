@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from grpo_lightning.engines import VLLMEngine
 from grpo_lightning.policy.policy import Policy
-from grpo_lightning.rollout import VLLMEngine
 
 Tensors = dict[str, Tensor]
 

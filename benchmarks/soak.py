@@ -31,7 +31,7 @@ from killed import STEPS, Kind, Operations, final, lines_of, same
 from measure import save, setting, table
 from models import save_tiny
 
-from grpo_lightning.callbacks.checkpoint import adapter_folder, checkpoint_of
+from grpo_lightning.checkpoints.adapter_io import adapter_folder, checkpoint_of
 from grpo_lightning.errors import CheckpointError
 from grpo_lightning.utils.atomic_files import STRAY
 from grpo_lightning.utils.checked_files import read_seal, verify

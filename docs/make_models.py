@@ -15,13 +15,13 @@ from typing import Any, NamedTuple
 import torch
 from tiny_configs import VOCAB, WINDOW, tiny_config
 
+from grpo_lightning.engines.base import Request
+from grpo_lightning.engines.hf import WAYS, HFEngine, right_way
 from grpo_lightning.errors import GRPOError
 from grpo_lightning.packing.batch import RolloutBatch
 from grpo_lightning.policy.dropout import disable_dropout
 from grpo_lightning.policy.policy import Policy
 from grpo_lightning.policy.probe import settle_forward
-from grpo_lightning.rollout.engine import Request
-from grpo_lightning.rollout.hf import WAYS, HFEngine, right_way
 from grpo_lightning.types import Completion, SamplingParams
 
 PAGE = Path(__file__).with_name("models.md")

@@ -11,7 +11,8 @@ from lightning.pytorch.callbacks import Callback, EarlyStopping, LearningRateMon
 from lightning.pytorch.loggers import CSVLogger
 
 from grpo_lightning import GRPOModule, PromptDataModule, RolloutCallback, SamplingParams
-from grpo_lightning.callbacks import AdapterCheckpointIO, SampleTable
+from grpo_lightning.callbacks import SampleTable
+from grpo_lightning.checkpoints import AdapterCheckpointIO
 from grpo_lightning.losses import LossConfig
 from grpo_lightning.policy.model_source import EMBEDDED_MODEL
 from grpo_lightning.schedulers import WarmupCosine

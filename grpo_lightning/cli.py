@@ -16,8 +16,8 @@ import yaml
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 
 from grpo_lightning.callbacks.health import Health
-from grpo_lightning.callbacks.last import AUTO, resolve_last
 from grpo_lightning.callbacks.rollout import RolloutCallback
+from grpo_lightning.checkpoints.newest import AUTO, resolve_last
 from grpo_lightning.data.datamodule import PromptDataModule
 from grpo_lightning.errors import ConfigError, GRPOError
 from grpo_lightning.faults import differing, explained, leaves, report

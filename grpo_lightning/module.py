@@ -11,7 +11,8 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from grpo_lightning.checkpoint import load, save
+from grpo_lightning.checkpoints.contents import load, save
+from grpo_lightning.checkpoints.resume import AsksForCheckpoints
 from grpo_lightning.errors import ConfigError, hinted
 from grpo_lightning.kernels.config import KernelConfig
 from grpo_lightning.losses import Coefficients, LossConfig
@@ -28,7 +29,6 @@ from grpo_lightning.policy.probe import settle_forward
 from grpo_lightning.policy.reference import ReferenceConfig
 from grpo_lightning.policy.verification import check_totals, engine_gap, first_step_distance, rollout_stats
 from grpo_lightning.policy.weight_dtypes import WeightsChanged, check_precision, check_trained
-from grpo_lightning.resume import AsksForCheckpoints
 from grpo_lightning.trainer_support import TrainerSupport, explains
 from grpo_lightning.types import PromptBatch
 

@@ -18,7 +18,7 @@ from grpo_lightning.losses import KL_ESTIMATORS, RECIPES, CorrectionConfig, Loss
 from grpo_lightning.losses.corrections import LEVELS, MODES
 from grpo_lightning.losses.fused import launch_triton as policy_loss_triton
 from grpo_lightning.ops import rotary_triton, swiglu_triton
-from grpo_lightning.ops.attention.packed import varlen_triton
+from grpo_lightning.ops.attention import varlen_triton
 from grpo_lightning.ops.lm_head import fused_gemm_triton as head_gemm_triton
 from grpo_lightning.ops.lm_head import rows_triton as head_triton
 

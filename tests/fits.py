@@ -9,7 +9,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 
 from grpo_lightning import GRPOModule, PromptDataModule, RolloutCallback, SamplingParams
-from grpo_lightning.callbacks import AdapterCheckpointIO
+from grpo_lightning.checkpoints import AdapterCheckpointIO
 from grpo_lightning.losses import LossConfig
 
 

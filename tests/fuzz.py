@@ -274,7 +274,7 @@ def run_case(case: Case, folder: Path, settings: dict[str, Any]) -> Result:
     return Result(case.name, code, round(seconds, 2), faults, line if code else "")
 
 
-CLASSES = {"model.optimizer": "torch.optim.AdamW", "rollout.engine": "grpo_lightning.rollout.HFEngine"}
+CLASSES = {"model.optimizer": "torch.optim.AdamW", "rollout.engine": "grpo_lightning.engines.HFEngine"}
 
 
 def _child(argv: list[str], place: Path, logs: Path) -> None:

@@ -18,8 +18,9 @@ from fits import data, long, module, rollout, trainer, vowels
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.loggers.logger import Logger
 
-from grpo_lightning.callbacks import AdapterCheckpointIO, checkpoint
-from grpo_lightning.callbacks.last import newest, resolve_last
+from grpo_lightning.checkpoints import AdapterCheckpointIO
+from grpo_lightning.checkpoints import adapter_io as checkpoint
+from grpo_lightning.checkpoints.newest import newest, resolve_last
 from grpo_lightning.errors import ConfigError
 from grpo_lightning.losses import AdaptiveEntropy, AdaptiveKL, LossConfig
 from grpo_lightning.utils import checked_files as sealed

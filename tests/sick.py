@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from grpo_lightning.engines import HFEngine
 from grpo_lightning.policy.policy import Policy
 from grpo_lightning.policy.rounding import random_rounding, rounding_unit
-from grpo_lightning.rollout import HFEngine
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 

@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from lightning.pytorch.callbacks import Callback
 from grpo_lightning.errors import EngineError
-from grpo_lightning.rollout import HFEngine
-from grpo_lightning.rollout.engine import Request
+from grpo_lightning.engines import HFEngine
+from grpo_lightning.engines.base import Request
 from grpo_lightning.types import Completion, SamplingParams
 
 CALLS = 0

@@ -5,19 +5,17 @@ from typing import TYPE_CHECKING
 from grpo_lightning.utils.lazy import lazy
 
 if TYPE_CHECKING:
-    from grpo_lightning.callbacks.checkpoint import AdapterCheckpointIO
     from grpo_lightning.callbacks.evaluation import ValidationConfig
     from grpo_lightning.callbacks.health import Health
     from grpo_lightning.callbacks.report import RunReport
     from grpo_lightning.callbacks.rollout import RolloutCallback
     from grpo_lightning.callbacks.sample_table import SampleTable
 
-__all__ = ["AdapterCheckpointIO", "Health", "RolloutCallback", "RunReport", "SampleTable", "ValidationConfig"]
+__all__ = ["Health", "RolloutCallback", "RunReport", "SampleTable", "ValidationConfig"]
 
 __getattr__, __dir__ = lazy(
     __name__,
     {
-        "AdapterCheckpointIO": "checkpoint",
         "Health": "health",
         "RolloutCallback": "rollout",
         "RunReport": "report",

@@ -9,7 +9,7 @@ import torch
 from torchmetrics import MeanMetric
 
 from grpo_lightning.errors import ConfigError, choices, hinted
-from grpo_lightning.rollout.collect import Rollout
+from grpo_lightning.rollout.collector import Rollout
 from grpo_lightning.types import SamplingParams
 from grpo_lightning.utils.ranges import check_numbers
 

@@ -22,11 +22,11 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from grpo_lightning.callbacks.surroundings import run_seed
+from grpo_lightning.engines.base import Request, describe, sample_seeds
 from grpo_lightning.errors import ConfigError, EngineError, GRPOError, choices
 from grpo_lightning.metrics.logging import gather, log_numbers
 from grpo_lightning.packing.batch import RolloutBatch
 from grpo_lightning.policy.verification import Distances, distances
-from grpo_lightning.rollout.engine import Request, describe, sample_seeds
 
 if TYPE_CHECKING:
     from grpo_lightning.callbacks.rollout import RolloutCallback
@@ -256,7 +256,7 @@ def _another_policy(engine: Any, verdict: Verdict, over: str, again: Verdict | s
         f"{describe(engine)} does not sample from the policy that trains: {over} KL(engine || trainer) is "
         f"{kl['engine_trainer']:.3g} nats a token, KL(engine || model as loaded) {kl['engine_stock']:.3g}, "
         f"{synced}; rounding explains {verdict.allowed:.3g}. No weight has changed since the last optimizer "
-        "step: check rollout.engine, or take grpo_lightning.rollout.HFEngine"
+        "step: check rollout.engine, or take grpo_lightning.engines.HFEngine"
     )
 
 

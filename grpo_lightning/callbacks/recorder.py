@@ -4,8 +4,8 @@ from pathlib import Path
 
 import lightning.pytorch as pl
 
-from grpo_lightning.rollout.collect import Rollout
-from grpo_lightning.rollout.recording import record
+from grpo_lightning.engines.replay import record
+from grpo_lightning.rollout.collector import Rollout
 from grpo_lightning.utils.telemetry import BestEffort
 
 

@@ -10,8 +10,6 @@ from lightning.pytorch.callbacks import Callback
 
 from grpo_lightning.callbacks.clock import Clock
 from grpo_lightning.callbacks.evaluation import Evaluation, ValidationConfig, validate_before_training
-from grpo_lightning.callbacks.memory import Cutter, check_micro_batches
-from grpo_lightning.callbacks.parts import make_parts
 from grpo_lightning.callbacks.plan import print_plan
 from grpo_lightning.callbacks.policy_check import PolicyCheck
 from grpo_lightning.callbacks.recorder import Recorder
@@ -29,15 +27,17 @@ from grpo_lightning.callbacks.surroundings import (
     run_seed,
     start_engine,
 )
+from grpo_lightning.engines.base import RolloutEngine
+from grpo_lightning.engines.hf import HFEngine
+from grpo_lightning.engines.process_guard import random_state
 from grpo_lightning.errors import ConfigError, hinted
 from grpo_lightning.losses import LossConfig
 from grpo_lightning.metrics.logging import gather, log_numbers
 from grpo_lightning.packing.batch import RolloutBatch
 from grpo_lightning.rewards.suite import TIMEOUT_S, Rewards
-from grpo_lightning.rollout.collect import Collector, Rollout
-from grpo_lightning.rollout.engine import RolloutEngine
-from grpo_lightning.rollout.hf import HFEngine
-from grpo_lightning.rollout.process_guard import random_state
+from grpo_lightning.rollout.collector import Collector, Rollout
+from grpo_lightning.rollout.micro_batch_sizing import Cutter, check_micro_batches
+from grpo_lightning.rollout.micro_batches import make_parts
 from grpo_lightning.types import PromptBatch, SamplingParams
 from grpo_lightning.utils.signals import at_once
 

@@ -11,7 +11,7 @@ from grpo_lightning.errors import ConfigError
 from grpo_lightning.metrics.logging import log_numbers, over_ranks
 from grpo_lightning.metrics.reduce import extreme, mean_of
 from grpo_lightning.rewards.suite import Scores
-from grpo_lightning.rollout.collect import Rollout
+from grpo_lightning.rollout.collector import Rollout
 
 PROGRESS = {"reward", "completions/mean_length"}
 """metrics that the progress bar shows"""

@@ -61,7 +61,7 @@ def write_samples(path: Path, samples: Mapping[str, Sequence[Any]]) -> None:
     """Writes samples to parquet; columns of several types, which it does not take, as text, and says so."""
     import pyarrow as pa
 
-    from grpo_lightning.rollout.recording import write_parquet
+    from grpo_lightning.engines.replay import write_parquet
 
     columns = dict(samples)
     for name, values in samples.items():

@@ -3,9 +3,9 @@
 from dataclasses import asdict
 from typing import Any
 
+from grpo_lightning.engines.process_guard import restore_random_state
 from grpo_lightning.errors import ConfigError
 from grpo_lightning.packing.batch import LossTotals, RolloutBatch
-from grpo_lightning.rollout.process_guard import restore_random_state
 from grpo_lightning.types import Truncation
 
 

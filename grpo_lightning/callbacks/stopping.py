@@ -20,9 +20,9 @@ from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from torch.distributed import ReduceOp, all_reduce
 
 from grpo_lightning.callbacks.ranks import RankWatch, await_ranks
+from grpo_lightning.engines.process_guard import random_state, restore_random_state
 from grpo_lightning.errors import EngineError, GRPOError
 from grpo_lightning.packing.batch import RolloutBatch
-from grpo_lightning.rollout.process_guard import random_state, restore_random_state
 from grpo_lightning.utils.signals import (
     Stopped,
     at_once,

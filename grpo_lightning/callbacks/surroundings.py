@@ -15,14 +15,14 @@ from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.utilities import rank_zero_warn
 
 from grpo_lightning.advantages import ADVANTAGES
-from grpo_lightning.callbacks.checkpoint import guard_folders
-from grpo_lightning.callbacks.memory import check_micro_batches
+from grpo_lightning.checkpoints.adapter_io import guard_folders
+from grpo_lightning.engines.base import EngineContext, RolloutEngine
 from grpo_lightning.errors import ConfigError, choices
 from grpo_lightning.losses import LossConfig
 from grpo_lightning.metrics.reduce import mean_of
 from grpo_lightning.rewards.suite import Rewards
-from grpo_lightning.rollout.collect import Collector, Rollout
-from grpo_lightning.rollout.engine import EngineContext, RolloutEngine
+from grpo_lightning.rollout.collector import Collector, Rollout
+from grpo_lightning.rollout.micro_batch_sizing import check_micro_batches
 from grpo_lightning.types import PromptBatch, SamplingParams
 from grpo_lightning.utils.out_of_memory import explained
 from grpo_lightning.utils.ranges import check_numbers

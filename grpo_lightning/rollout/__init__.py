@@ -1,37 +1,12 @@
-"""Rollout engines and the collector that turns prompts into packed, scored completions."""
+"""From prompts to micro-batches: sampling by an engine, rewards, advantages, packing and cutting."""
 
 from typing import TYPE_CHECKING
 
 from grpo_lightning.utils.lazy import lazy
 
 if TYPE_CHECKING:
-    from grpo_lightning.rollout.collect import Collector, Rollout
-    from grpo_lightning.rollout.engine import EngineContext, Request, RolloutEngine
-    from grpo_lightning.rollout.hf import HFEngine
-    from grpo_lightning.rollout.recording import ReplayEngine
-    from grpo_lightning.rollout.vllm import VLLMEngine
+    from grpo_lightning.rollout.collector import Collector, Rollout
 
-__all__ = [
-    "Collector",
-    "EngineContext",
-    "HFEngine",
-    "ReplayEngine",
-    "Request",
-    "Rollout",
-    "RolloutEngine",
-    "VLLMEngine",
-]
+__all__ = ["Collector", "Rollout"]
 
-__getattr__, __dir__ = lazy(
-    __name__,
-    {
-        "Collector": "collect",
-        "Rollout": "collect",
-        "EngineContext": "engine",
-        "Request": "engine",
-        "RolloutEngine": "engine",
-        "HFEngine": "hf",
-        "ReplayEngine": "recording",
-        "VLLMEngine": "vllm",
-    },
-)
+__getattr__, __dir__ = lazy(__name__, {"Collector": "collector", "Rollout": "collector"})

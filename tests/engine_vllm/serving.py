@@ -3,11 +3,11 @@
 import torch
 from tiny import tiny_tokenizer
 
+from grpo_lightning.engines import EngineContext, Request, VLLMEngine
+from grpo_lightning.engines.base import sample_seeds
 from grpo_lightning.packing.batch import RolloutBatch
 from grpo_lightning.policy.loading import load_policy
 from grpo_lightning.policy.lora import lora_config
-from grpo_lightning.rollout import EngineContext, Request, VLLMEngine
-from grpo_lightning.rollout.engine import sample_seeds
 from grpo_lightning.types import SamplingParams
 
 PROMPTS = [[5 + i % 20 for i in range(40)], [9, 8, 7, 6, 5, 4], [20]]

@@ -11,7 +11,7 @@ import torch
 from fits import data, module, rollout, trainer, weights
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from grpo_lightning.rollout import VLLMEngine
+from grpo_lightning.engines import VLLMEngine
 
 CALLS = 0
 

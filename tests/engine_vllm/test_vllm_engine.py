@@ -10,8 +10,8 @@ from models import TINY
 from serving import SHAPE, ask, distance, make_policy, move, start
 from tiny import tiny_tokenizer
 
+from grpo_lightning.engines import EngineContext, VLLMEngine
 from grpo_lightning.errors import ConfigError, EngineError
-from grpo_lightning.rollout import EngineContext, VLLMEngine
 from grpo_lightning.rollout.checks import bad_logprobs
 from grpo_lightning.types import SamplingParams
 

@@ -12,8 +12,8 @@ from serving import SHAPE
 
 from grpo_lightning import PromptDataModule
 from grpo_lightning.callbacks import ValidationConfig
+from grpo_lightning.engines import VLLMEngine
 from grpo_lightning.errors import EngineError
-from grpo_lightning.rollout import VLLMEngine
 
 pytestmark = pytest.mark.vllm
 
@@ -94,7 +94,7 @@ STALE = {"adapter": "adapter_of", "merge": "merged_weights"}
 
 @pytest.mark.parametrize("sync", STALE)
 def test_a_sync_that_sends_old_weights_stops_the_run(folder, tmp_path, monkeypatch, sync):
-    from grpo_lightning.rollout import vllm
+    from grpo_lightning.engines.vllm import engine as vllm
 
     name, first = STALE[sync], {}
     stock = getattr(vllm, name)

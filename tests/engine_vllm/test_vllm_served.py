@@ -3,8 +3,8 @@
 import pytest
 from serving import ask, distance, make_policy, start
 
+from grpo_lightning.engines import HFEngine, Request
 from grpo_lightning.errors import EngineError
-from grpo_lightning.rollout import HFEngine, Request
 from grpo_lightning.types import SamplingParams
 
 pytestmark = pytest.mark.vllm

@@ -7,8 +7,8 @@ import torch
 from serving import ask, assert_served, distance, make_policy, start
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from grpo_lightning.engines import EngineContext, VLLMEngine
 from grpo_lightning.errors import ConfigError, EngineError
-from grpo_lightning.rollout import EngineContext, VLLMEngine
 from grpo_lightning.types import SamplingParams
 
 pytestmark = pytest.mark.vllm
@@ -30,7 +30,7 @@ def test_nothing_drifts_over_100_merges(folder):
 
 
 def test_layers_that_do_not_hold_what_was_sent_are_an_error(folder, monkeypatch):
-    from grpo_lightning.rollout import vllm_adapter
+    from grpo_lightning.engines.vllm import adapter as vllm_adapter
 
     policy = make_policy(folder)
     engine = start(policy, folder, sync="adapter")
@@ -86,8 +86,8 @@ def test_weights_written_alone_land_in_their_stacks(folder, monkeypatch):
     """As on CUDA, where vLLM does not repack: only what training changes is sent, straight into the model."""
     from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 
-    from grpo_lightning.rollout import vllm_compat
-    from grpo_lightning.rollout.weights import merged_weights
+    from grpo_lightning.engines.vllm import compat as vllm_compat
+    from grpo_lightning.engines.weight_sync import merged_weights
 
     monkeypatch.setattr(UnquantizedLinearMethod, "process_weights_after_loading", lambda self, layer: None)
     policy = make_policy(folder, target_modules=["k_proj", "up_proj"])
@@ -110,8 +110,8 @@ def test_weights_written_alone_land_in_their_stacks(folder, monkeypatch):
 
 
 def test_a_module_without_a_layer_is_an_error(folder, monkeypatch):
-    from grpo_lightning.rollout import vllm_options
-    from grpo_lightning.rollout.weights import adapter_ranks
+    from grpo_lightning.engines.vllm import arguments as vllm_options
+    from grpo_lightning.engines.weight_sync import adapter_ranks
 
     def with_more(policy):
         return {**adapter_ranks(policy), "model.layers.0.self_attn.r_proj": (4, 2.0, False)}
@@ -175,7 +175,7 @@ def test_a_base_that_cannot_be_shared_is_refused_before_the_start(message):
 
 
 def test_a_base_that_was_to_be_shared_and_is_not_leaves_no_engine(folder, monkeypatch):
-    from grpo_lightning.rollout import vllm_adapter
+    from grpo_lightning.engines.vllm import adapter as vllm_adapter
 
     monkeypatch.setattr(vllm_adapter, "take_offered", lambda model: None)
     monkeypatch.setattr(VLLMEngine, "_shares_base", lambda self, policy: True)

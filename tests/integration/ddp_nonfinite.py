@@ -17,8 +17,8 @@ from fits import data, module, rollout, trainer, weights
 from lightning.pytorch.callbacks import ModelCheckpoint
 from nonfinite import BadGradient, BadLogits, BadWeight
 
+from grpo_lightning.engines import HFEngine
 from grpo_lightning.errors import GRPOError
-from grpo_lightning.rollout import HFEngine
 
 
 class BadEngine(HFEngine):

@@ -12,8 +12,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from fits import data, long, module, rollout, sgd, trainer, vowels, weights
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 
-from grpo_lightning.callbacks.memory import Cutter
 from grpo_lightning.losses import LossConfig
+from grpo_lightning.rollout.micro_batch_sizing import Cutter
 
 
 class Gradients(Callback):

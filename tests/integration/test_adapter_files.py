@@ -5,7 +5,7 @@ import torch
 from fits import module
 from models import save_tiny
 
-from grpo_lightning.callbacks import AdapterCheckpointIO
+from grpo_lightning.checkpoints import AdapterCheckpointIO
 
 KINDS = {
     "plain": {},

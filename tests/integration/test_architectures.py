@@ -18,6 +18,7 @@ from models import TINY, random_rollout, tiny_llama
 from tiny import tiny_tokenizer
 from torch import nn
 
+from grpo_lightning.engines import HFEngine, Request
 from grpo_lightning.errors import ConfigError, EngineError
 from grpo_lightning.policy.dropout import disable_dropout, dropout_rates
 from grpo_lightning.policy.dynamic_rope import rope_limit
@@ -26,7 +27,6 @@ from grpo_lightning.policy.logit_transforms import logit_changes
 from grpo_lightning.policy.policy import Policy
 from grpo_lightning.policy.probe import alone, settle_forward
 from grpo_lightning.policy.verification import logprob_distance
-from grpo_lightning.rollout import HFEngine, Request
 from grpo_lightning.types import Completion, SamplingParams
 
 DOCS = Path(__file__).parents[2] / "docs"

@@ -78,7 +78,7 @@ def test_a_shipped_config_on_random_weights(tmp_path):
         *(sys.executable, str(ROOT / "benchmarks" / "bench_config.py"), "--shape", "tiny"),
         *("--config", "configs/qwen.yaml", "--tokenizer", str(tmp_path / "tokenizer"), "--steps", "3"),
         *("--dataset", str(tmp_path / "rows.jsonl"), "--out", str(tmp_path), "--flags"),
-        *("--rollout.engine", "grpo_lightning.rollout.HFEngine", "--trainer.accelerator", "cpu"),
+        *("--rollout.engine", "grpo_lightning.engines.HFEngine", "--trainer.accelerator", "cpu"),
         *("--trainer.precision", "32-true", "--rollout.sampling.max_tokens", "4"),
     ]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False, timeout=240)

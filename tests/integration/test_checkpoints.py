@@ -18,10 +18,10 @@ from killed import Operations
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from safetensors.torch import load_file
 
-from grpo_lightning.callbacks import AdapterCheckpointIO
-from grpo_lightning.callbacks.checkpoint import adapter_folder, checkpoint_of, replace_link
+from grpo_lightning.checkpoints import AdapterCheckpointIO
+from grpo_lightning.checkpoints.adapter_io import adapter_folder, checkpoint_of, replace_link
+from grpo_lightning.engines import HFEngine
 from grpo_lightning.errors import CheckpointError, ConfigError
-from grpo_lightning.rollout import HFEngine
 from grpo_lightning.utils.atomic_files import STRAY
 from grpo_lightning.utils.checked_files import load_sealed, read_seal, verify
 

@@ -99,7 +99,7 @@ BAD = {
     "reward from os": (lambda t: {"rollout.reward_funcs": ["os.system"]}, ["os.system"]),
     "unknown lora field": (lambda t: {"model.lora": {"rank": 4}}, ["model.lora", "rank"]),
     "vllm missing": (
-        lambda t: {"rollout.engine": {"class_path": "grpo_lightning.rollout.VLLMEngine"}},
+        lambda t: {"rollout.engine": {"class_path": "grpo_lightning.engines.VLLMEngine"}},
         ["grpo-lightning[vllm]"],
     ),
     "no such model": (lambda t: {"model.model_name": "./nowhere"}, ["model.model_name", "no such folder"]),
@@ -222,7 +222,7 @@ def test_all_unknown_options_are_reported_at_once(base, tmp_path):
     put(
         base,
         "rollout.engine",
-        {"class_path": "grpo_lightning.rollout.HFEngine", "init_args": {"batchsize": 1}},
+        {"class_path": "grpo_lightning.engines.HFEngine", "init_args": {"batchsize": 1}},
     )
     put(base, "rollout.validation", {"sampling": {"max_new_tokens": 3}})
     put(base, "model.optimizer.init_args.learning_rate", 1.0)
@@ -400,7 +400,7 @@ def test_every_place_that_options_name_exists(base, tmp_path):
 
     from grpo_lightning.migration.options import WHERE
 
-    put(base, "rollout.engine", {"class_path": "grpo_lightning.rollout.VLLMEngine"})
+    put(base, "rollout.engine", {"class_path": "grpo_lightning.engines.VLLMEngine"})
     put(base, "model.loss", {"adaptive_entropy": {"target": 0.2}, "kl_coef": 0.1})
     put(base, "model.reference", {"ema_alpha": 0.6})
     put(

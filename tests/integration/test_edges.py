@@ -9,7 +9,7 @@ from models import save_tiny
 from tiny import tiny_tokenizer
 
 from grpo_lightning import SamplingParams
-from grpo_lightning.rollout import HFEngine
+from grpo_lightning.engines import HFEngine
 
 
 class Short(HFEngine):

@@ -3,10 +3,10 @@
 import pytest
 import torch
 
+from grpo_lightning.engines import HFEngine, Request
 from grpo_lightning.policy.loading import load_policy
 from grpo_lightning.policy.model_source import EMBEDDED_MODEL, resolve_model
 from grpo_lightning.policy.probe import check_head
-from grpo_lightning.rollout import HFEngine, Request
 from grpo_lightning.types import SamplingParams
 
 pytestmark = pytest.mark.demo

@@ -3,13 +3,13 @@ import torch
 from models import tiny_llama
 from tiny import tiny_tokenizer
 
+from grpo_lightning.engines import EngineContext, HFEngine, ReplayEngine, Request, RolloutEngine, VLLMEngine
+from grpo_lightning.engines.base import sample_seeds
+from grpo_lightning.engines.hf_sampling import choose, uniforms
+from grpo_lightning.engines.replay import record
 from grpo_lightning.errors import ConfigError, EngineError
 from grpo_lightning.packing.batch import RolloutBatch
 from grpo_lightning.policy.policy import Policy
-from grpo_lightning.rollout import EngineContext, HFEngine, ReplayEngine, Request, RolloutEngine, VLLMEngine
-from grpo_lightning.rollout.engine import sample_seeds
-from grpo_lightning.rollout.recording import record
-from grpo_lightning.rollout.sampling import choose, uniforms
 from grpo_lightning.types import SamplingParams
 
 

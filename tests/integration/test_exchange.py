@@ -298,7 +298,7 @@ def test_the_probe_leaves_an_attention_as_it_was():
 
 
 def test_only_packed_rows_are_turned_by_the_op(monkeypatch):
-    from grpo_lightning.kernels.config import rotary_attention as attention_layers
+    from grpo_lightning.kernels import rotary_attention as attention_layers
 
     calls = []
     stock = attention_layers.rotary

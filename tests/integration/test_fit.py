@@ -9,9 +9,9 @@ from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
 
 from grpo_lightning import PromptDataModule, SamplingParams
 from grpo_lightning.callbacks import RunReport, SampleTable, ValidationConfig
+from grpo_lightning.engines import HFEngine, ReplayEngine
 from grpo_lightning.errors import ConfigError, EngineError
 from grpo_lightning.losses import RECIPES, AdaptiveEntropy, LossConfig
-from grpo_lightning.rollout import HFEngine, ReplayEngine
 
 
 def test_reward_rises_and_metrics_have_trls_names(model_folder, tmp_path):

@@ -11,8 +11,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from grpo_lightning import PromptDataModule
 from grpo_lightning.data.encode import EncodedPrompt
 from grpo_lightning.data.loader import PromptLoader
+from grpo_lightning.engines import HFEngine
 from grpo_lightning.errors import ConfigError, RewardError
-from grpo_lightning.rollout import HFEngine
 
 
 def fit(folder, root, *callbacks, steps=3, rows=None, ckpt_path=None, **options):

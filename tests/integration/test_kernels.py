@@ -154,7 +154,7 @@ def test_the_gradient_of_a_policy_that_is_sure_is_compared_too():
 
 def test_a_kernel_without_its_gradient_stops_the_run(model_folder, tmp_path, monkeypatch):
     """Log-probabilities are right."""
-    from grpo_lightning.kernels.config import lora as lora_layers
+    from grpo_lightning.kernels import lora as lora_layers
 
     stock = lora_layers.lora_linears
 
@@ -178,7 +178,7 @@ def test_the_shortest_pair():
 
 
 def test_a_kernel_that_computes_something_else_stops_the_run(model_folder, tmp_path, monkeypatch):
-    from grpo_lightning.kernels.config import lora as lora_layers
+    from grpo_lightning.kernels import lora as lora_layers
 
     monkeypatch.setattr(lora_layers, "lora_linears", lambda x, ls: [x @ ls[0].weight.T * 1.1])
     m = module(model_folder, kernels=KernelConfig(lora="on"))

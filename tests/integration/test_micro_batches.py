@@ -5,9 +5,9 @@ import torch
 from fits import data, long, module, rollout, rows_of, same_bits, sgd, trainer, vowels, weights
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 
-from grpo_lightning.callbacks import memory
 from grpo_lightning.errors import ConfigError, OutOfMemory
 from grpo_lightning.losses import LossConfig
+from grpo_lightning.rollout import micro_batch_sizing as memory
 
 LOSSES = [
     {"name": "dapo"},

@@ -222,7 +222,7 @@ def test_a_healthy_run_is_the_same_run(model_folder, tmp_path, monkeypatch):
         if not checked:
             monkeypatch.setattr("grpo_lightning.policy.finite_checks.SkippedSteps.judge", lambda *a: 0)
             monkeypatch.setattr("grpo_lightning.module.check_weights", lambda m: None)
-            monkeypatch.setattr("grpo_lightning.checkpoint.check_saved_numbers", lambda *a: None)
+            monkeypatch.setattr("grpo_lightning.checkpoints.contents.check_saved_numbers", lambda *a: None)
         m = module(model_folder)
         t = trainer(
             tmp_path / str(i), rollout(), saver(tmp_path / str(i)), max_steps=3, gradient_clip_val=1.0

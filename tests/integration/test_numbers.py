@@ -11,8 +11,8 @@ from lightning.pytorch.plugins.precision import MixedPrecision
 
 from grpo_lightning import GRPOModule
 from grpo_lightning.callbacks import RunReport, ValidationConfig
+from grpo_lightning.engines import HFEngine
 from grpo_lightning.errors import ConfigError
-from grpo_lightning.rollout import HFEngine
 
 
 class Every:

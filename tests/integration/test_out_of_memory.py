@@ -5,8 +5,8 @@ import torch
 from fits import data, module, rollout, same_bits, sgd, trainer, weights
 from lightning.pytorch.callbacks import OnExceptionCheckpoint
 
+from grpo_lightning.engines import HFEngine
 from grpo_lightning.errors import EngineError, GRPOError, OutOfMemory
-from grpo_lightning.rollout import HFEngine
 
 CUDA = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.10 GiB"
 TRAINING = (

@@ -15,9 +15,9 @@ from tiny import tiny_tokenizer
 
 from grpo_lightning import SamplingParams
 from grpo_lightning.callbacks import policy_check
+from grpo_lightning.engines import HFEngine
 from grpo_lightning.errors import EngineError, GRPOError
 from grpo_lightning.policy.verification import Distances
-from grpo_lightning.rollout import HFEngine
 
 PRECISIONS = ("32-true", "bf16-true")
 

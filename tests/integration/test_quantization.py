@@ -6,8 +6,8 @@ from fits import data, module, rollout, rows_of, same_bits, trainer, weights
 from models import random_rollout, save_tiny
 
 from grpo_lightning.errors import ConfigError
+from grpo_lightning.kernels import lora as lora_layers
 from grpo_lightning.kernels.config import KernelConfig
-from grpo_lightning.kernels.config import lora as lora_layers
 
 pytest.importorskip("bitsandbytes", reason="no wheel for this platform")
 LORA = {"r": 4, "lora_alpha": 12}

@@ -91,7 +91,7 @@ def test_micro_batches_without_trainable_tokens(model_folder, tmp_path):
 
 
 def test_a_second_fit_checks_again_and_can_go_back(model_folder, tmp_path, monkeypatch):
-    from grpo_lightning.kernels.config import lora as lora_layers
+    from grpo_lightning.kernels import lora as lora_layers
 
     m = module(model_folder, kernels=KernelConfig(lora="on"))
     trainer(tmp_path / "a", rollout(), max_steps=1).fit(m, data())

@@ -12,8 +12,8 @@ from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.loggers.logger import Logger
 
 from grpo_lightning.callbacks import SampleTable
+from grpo_lightning.engines import replay as recording
 from grpo_lightning.errors import RewardError
-from grpo_lightning.rollout import recording
 
 
 class Broken(Logger):

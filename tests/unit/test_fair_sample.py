@@ -8,11 +8,11 @@ from losses import assert_as_twin, micro_batch
 from models import random_rollout
 
 from grpo_lightning import losses
-from grpo_lightning.callbacks import parts
-from grpo_lightning.callbacks.parts import with_fair_sample
 from grpo_lightning.losses import CorrectionConfig, LossConfig, fused
 from grpo_lightning.metrics.reduce import combine, ratio, values
 from grpo_lightning.packing.geometry import sampling_weights
+from grpo_lightning.rollout import micro_batches as parts
+from grpo_lightning.rollout.micro_batches import with_fair_sample
 
 LENGTHS = [5, 0, 1, 40, 7, 7, 3, 12, 9, 2]
 

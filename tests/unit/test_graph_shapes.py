@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from grpo_lightning.kernels.config import cuda_graphs as module
+from grpo_lightning.kernels import cuda_graphs as module
 from grpo_lightning.kernels.cuda_graphs import Graphs
 from grpo_lightning.ops.attention.packed import PackedLayout
 

@@ -46,7 +46,7 @@ lightning.pytorch.loggers.WandbLogger lightning.pytorch.strategies.DDPStrategy
 lightning.pytorch.profilers.SimpleProfiler lightning.pytorch.plugins.MixedPrecision
 lightning.pytorch.plugins.io.AsyncCheckpointIO lightning.pytorch.plugins.environments.SLURMEnvironment
 lightning.pytorch.cli.ReduceLROnPlateau bitsandbytes.optim.AdamW8bit transformers.Adafactor
-grpo_lightning.rollout.HFEngine grpo_lightning.rollout.VLLMEngine grpo_lightning.callbacks.SampleTable
+grpo_lightning.engines.HFEngine grpo_lightning.engines.VLLMEngine grpo_lightning.callbacks.SampleTable
 grpo_lightning.RolloutCallback grpo_lightning.callbacks.AdapterCheckpointIO mine.Judge mine.half
 """
 

@@ -4,9 +4,9 @@ import pytest
 import torch
 from models import random_rollout
 
+from grpo_lightning.engines.hf_sampling import choose
 from grpo_lightning.ops import fused_linear_logprobs
 from grpo_lightning.ops.lm_head.truncation import kept_logmass, truncate
-from grpo_lightning.rollout.sampling import choose
 from grpo_lightning.types import SamplingParams, Truncation
 
 CUTS = [{"top_p": 0.8}, {"top_k": 5}, {"min_p": 0.1}, {"top_p": 0.7, "top_k": 9, "min_p": 0.02}]

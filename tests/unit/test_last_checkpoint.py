@@ -11,9 +11,9 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 
-from grpo_lightning.callbacks import AdapterCheckpointIO
-from grpo_lightning.callbacks.last import newest, resolve_last
-from grpo_lightning.callbacks.run_lock import RunLock
+from grpo_lightning.checkpoints import AdapterCheckpointIO
+from grpo_lightning.checkpoints.newest import newest, resolve_last
+from grpo_lightning.checkpoints.run_lock import RunLock
 from grpo_lightning.errors import CheckpointError, ConfigError
 from grpo_lightning.utils.atomic_files import remove_strays, temporary
 

@@ -8,12 +8,12 @@ import torch
 from models import random_rollout, tiny_llama
 from tiny import tiny_tokenizer
 
-from grpo_lightning.callbacks.memory import FRACTION, KEPT, Cutter, Estimate, check_micro_batches
 from grpo_lightning.errors import ConfigError
 from grpo_lightning.losses import LossConfig, policy_loss
 from grpo_lightning.ops.zero_grad import tied
 from grpo_lightning.packing.geometry import Outline
 from grpo_lightning.policy.policy import Policy
+from grpo_lightning.rollout.micro_batch_sizing import FRACTION, KEPT, Cutter, Estimate, check_micro_batches
 
 
 def test_memory_through_the_origin_is_predicted_exactly():

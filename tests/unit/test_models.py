@@ -4,8 +4,8 @@ import importlib.util
 import pytest
 
 from grpo_lightning.errors import ConfigError
+from grpo_lightning.policy import model_source as models
 from grpo_lightning.policy.model_source import EMBEDDED_MODEL, cache_root, resolve_model
-from grpo_lightning.policy.policy import model_source as models
 
 
 def test_folders_and_hub_ids_stay_as_they_are(tmp_path):

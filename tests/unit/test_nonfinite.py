@@ -8,7 +8,8 @@ from models import random_rollout, tiny_llama
 from tiny import tiny_tokenizer
 
 from grpo_lightning.advantages import ADVANTAGES, RewardTable, compute_advantages
-from grpo_lightning.callbacks.parts import _unsound
+from grpo_lightning.engines import HFEngine
+from grpo_lightning.engines.base import Request
 from grpo_lightning.errors import ConfigError, EngineError, GRPOError, RewardError
 from grpo_lightning.losses import RECIPES, LossConfig, policy_loss, register_surrogate
 from grpo_lightning.losses.custom_check import check_surrogate
@@ -16,9 +17,8 @@ from grpo_lightning.losses.surrogate_table import SURROGATES
 from grpo_lightning.policy.finite_checks import finite
 from grpo_lightning.policy.policy import Policy
 from grpo_lightning.rewards.suite import Rewards
-from grpo_lightning.rollout import HFEngine
 from grpo_lightning.rollout.checks import bad_advantages, bad_logprobs, bad_penalty
-from grpo_lightning.rollout.engine import Request
+from grpo_lightning.rollout.micro_batches import _unsound
 from grpo_lightning.types import Completion, SamplingParams
 
 NAN, INF = math.nan, math.inf

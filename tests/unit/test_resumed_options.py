@@ -7,9 +7,9 @@ import torch
 from torch.optim import SGD, AdamW, RMSprop
 from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, OneCycleLR, SequentialLR, StepLR
 
+from grpo_lightning.checkpoints.resume import describe, take_over_optimizer
 from grpo_lightning.errors import ConfigError
 from grpo_lightning.policy.model_files import contents
-from grpo_lightning.resume import describe, take_over_optimizer
 from grpo_lightning.schedulers import WarmupCosine
 
 STEPS, WHOLE = 7, 12

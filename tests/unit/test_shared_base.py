@@ -6,11 +6,11 @@ from models import save_tiny
 from tiny import tiny_tokenizer
 from torch import nn
 
+from grpo_lightning.engines.vllm.shared_base import SharedBase, offered, take_offered
 from grpo_lightning.errors import EngineError
 from grpo_lightning.ops.lora_linear import adjoining
 from grpo_lightning.policy.loading import load_policy
 from grpo_lightning.policy.lora import lora_config
-from grpo_lightning.rollout.shared_base import SharedBase, offered, take_offered
 
 STACKS = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
 

@@ -146,7 +146,7 @@ def test_completions_do_not_see_each_other():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("rows", "heads", "width"), [(1, 1, 8), (7, 3, 12), (9, 2, 64)])
 def test_kernel_merges_as_its_twin(dtype, rows, heads, width):
-    from grpo_lightning.ops.attention.packed import varlen_triton
+    from grpo_lightning.ops.attention import varlen_triton
 
     g = torch.Generator().manual_seed(0)
     out, more = (torch.randn(rows, heads, width, generator=g).to(dtype) for _ in range(2))

@@ -5,8 +5,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from grpo_lightning.engines import EngineContext
+from grpo_lightning.engines.vllm import arguments as vllm_options
 from grpo_lightning.errors import ConfigError
-from grpo_lightning.rollout import EngineContext, vllm_options
 from grpo_lightning.types import SamplingParams
 
 

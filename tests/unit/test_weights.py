@@ -5,11 +5,11 @@ import torch
 from models import save_tiny
 from tiny import tiny_tokenizer
 
+from grpo_lightning.engines import weight_sync as weights
+from grpo_lightning.engines.weight_sync import adapter_of, choose_kind, merged_weights
 from grpo_lightning.errors import ConfigError
 from grpo_lightning.policy.loading import load_policy
 from grpo_lightning.policy.lora import lora_config
-from grpo_lightning.rollout import weights
-from grpo_lightning.rollout.weights import adapter_of, choose_kind, merged_weights
 
 FUSED = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
 

@@ -62,7 +62,7 @@ class Flash:
 
     def merge(self, out: Tensor, lse: Tensor, more: Tensor, mass: Tensor) -> None:
         """Merges in one kernel."""
-        from grpo_lightning.ops.attention.packed import varlen_triton
+        from grpo_lightning.ops.attention import varlen_triton
 
         varlen_triton.merge(out, lse, more, mass)
 

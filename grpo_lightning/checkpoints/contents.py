@@ -6,12 +6,12 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from grpo_lightning.checkpoints.resume import describe, take_over_optimizer
 from grpo_lightning.errors import ConfigError, GRPOError
 from grpo_lightning.policy.finite_checks import check_loaded_numbers, check_saved_numbers
 from grpo_lightning.policy.lora import lora_identity
 from grpo_lightning.policy.model_files import of_module
 from grpo_lightning.policy.weight_dtypes import check_saved
-from grpo_lightning.resume import describe, take_over_optimizer
 
 if TYPE_CHECKING:
     from grpo_lightning.module import GRPOModule

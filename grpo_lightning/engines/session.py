@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Protocol
 
-from grpo_lightning.rollout.engine import Request, RolloutEngine
+from grpo_lightning.engines.base import Request, RolloutEngine
 from grpo_lightning.types import Completion, SamplingParams
 
 Ended = tuple[Request, list[Completion]]

@@ -4,8 +4,8 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, suppress
 from typing import Any
 
-from grpo_lightning.rollout.engine import Request
-from grpo_lightning.rollout.session import Ended
+from grpo_lightning.engines.base import Request
+from grpo_lightning.engines.session import Ended
 from grpo_lightning.types import Completion
 from grpo_lightning.utils.signals import check, deferred
 

@@ -3,21 +3,21 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from grpo_lightning.engines.base import EngineContext
+from grpo_lightning.engines.vllm.compat import import_vllm
+from grpo_lightning.engines.weight_sync import adapter_ranks, is_quantized
 from grpo_lightning.errors import ConfigError
 from grpo_lightning.policy.policy import Policy
-from grpo_lightning.rollout.engine import EngineContext
-from grpo_lightning.rollout.vllm_compat import import_vllm
-from grpo_lightning.rollout.weights import adapter_ranks, is_quantized
 from grpo_lightning.types import SamplingParams
 
 if TYPE_CHECKING:
-    from grpo_lightning.rollout.vllm import VLLMEngine
+    from grpo_lightning.engines.vllm.engine import VLLMEngine
 
 GRAPH_SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 192, 256, 384, 512)
 """batch sizes that CUDA graphs are captured for; vLLM's own list has 51 and takes 20 s"""
 DECODE_GRAPHS = {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"}
 """nothing compiled, decoding as CUDA graphs: 23 s less to start at 135M, decoding as fast"""
-ADAPTER_WORKER = "grpo_lightning.rollout.vllm_adapter.AdapterWorker"
+ADAPTER_WORKER = "grpo_lightning.engines.vllm.adapter.AdapterWorker"
 CPU_BLOCK = 32
 """tokens of a KV block; vLLM's CPU attention takes multiples of it"""
 
@@ -95,7 +95,7 @@ def _quantization(engine: "VLLMEngine", context: EngineContext) -> dict[str, Any
     if context.policy.causal.device.type == "cpu":
         raise ConfigError(
             "model.quantization is nf4, which vLLM does not run on a CPU; use "
-            "grpo_lightning.rollout.HFEngine, or rollout.engine.allow_mismatch: true"
+            "grpo_lightning.engines.HFEngine, or rollout.engine.allow_mismatch: true"
         )
     return {"quantization": "bitsandbytes"}
 

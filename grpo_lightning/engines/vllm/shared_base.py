@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from grpo_lightning.engines.vllm.compat import packed_modules, renamed
 from grpo_lightning.errors import EngineError
 from grpo_lightning.ops.lora_linear import adjoining, lay_together
 from grpo_lightning.policy.policy import Policy
-from grpo_lightning.rollout.vllm_compat import packed_modules, renamed
 
 _offered: ContextVar["SharedBase | None"] = ContextVar("shared_base", default=None)
 

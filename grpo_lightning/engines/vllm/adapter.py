@@ -23,10 +23,10 @@ from vllm.model_executor.layers.linear import (  # pyright: ignore[reportMissing
 )
 from vllm.platforms import current_platform  # pyright: ignore[reportMissingImports]
 
+from grpo_lightning.engines.vllm.compat import packed_modules, renamed
+from grpo_lightning.engines.vllm.shared_base import take_offered
+from grpo_lightning.engines.weight_sync import AdaptedModule
 from grpo_lightning.errors import EngineError
-from grpo_lightning.rollout.shared_base import take_offered
-from grpo_lightning.rollout.vllm_compat import packed_modules, renamed
-from grpo_lightning.rollout.weights import AdaptedModule
 
 if current_platform.is_cpu():
     from vllm.v1.worker.cpu_worker import CPUWorker as Worker  # pyright: ignore[reportMissingImports]

@@ -4,9 +4,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from grpo_lightning.engines.base import EngineContext, Request
 from grpo_lightning.errors import ConfigError, EngineError, hinted
 from grpo_lightning.policy.policy import Policy
-from grpo_lightning.rollout.engine import EngineContext, Request
 from grpo_lightning.types import Completion, SamplingParams
 from grpo_lightning.utils.atomic_files import removed_after, temporary
 

@@ -10,11 +10,11 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
+from grpo_lightning.engines.base import EngineContext, Request
+from grpo_lightning.engines.hf_sampling import choose, uniforms
 from grpo_lightning.errors import ConfigError, EngineError, hinted
 from grpo_lightning.policy.policy import Policy
 from grpo_lightning.policy.probe import alone, rounding, said, tokens
-from grpo_lightning.rollout.engine import EngineContext, Request
-from grpo_lightning.rollout.sampling import choose, uniforms
 from grpo_lightning.types import Completion, SamplingParams
 from grpo_lightning.utils.signals import check, deferred
 

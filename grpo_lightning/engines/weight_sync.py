@@ -56,7 +56,7 @@ def choose_kind(policy: Policy, asked: str) -> str:
     if reasons[kind] is None:
         return kind
     way_out = [k for k, reason in reasons.items() if reason is None]
-    remedy = f"take {way_out[0]}" if way_out else "change model.lora, or use grpo_lightning.rollout.HFEngine"
+    remedy = f"take {way_out[0]}" if way_out else "change model.lora, or use grpo_lightning.engines.HFEngine"
     raise ConfigError(f"rollout.engine.sync {kind!r} does not work here: {reasons[kind]}; {remedy}")
 
 

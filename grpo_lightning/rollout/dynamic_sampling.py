@@ -9,10 +9,10 @@ from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass, field
 from functools import partial
 
+from grpo_lightning.engines.base import Request
+from grpo_lightning.engines.session import Session
 from grpo_lightning.rewards.suite import Scores
 from grpo_lightning.rollout.background import Background
-from grpo_lightning.rollout.engine import Request
-from grpo_lightning.rollout.session import Session
 from grpo_lightning.types import Completion, PromptBatch
 
 Score = Callable[[PromptBatch, list[Completion]], tuple[list[str], Scores]]

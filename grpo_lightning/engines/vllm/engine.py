@@ -10,14 +10,12 @@ from typing import Any, Literal
 import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
-from grpo_lightning.errors import ConfigError, EngineError, choices, hinted
-from grpo_lightning.policy.policy import Policy
-from grpo_lightning.rollout.engine import EngineContext, Request
-from grpo_lightning.rollout.process_guard import process_kept, random_kept
-from grpo_lightning.rollout.session import Session
-from grpo_lightning.rollout.shared_base import SharedBase, offered
-from grpo_lightning.rollout.update_share import UpdateShare
-from grpo_lightning.rollout.vllm_compat import (
+from grpo_lightning.engines.base import EngineContext, Request
+from grpo_lightning.engines.process_guard import process_kept, random_kept
+from grpo_lightning.engines.session import Session
+from grpo_lightning.engines.update_share import UpdateShare
+from grpo_lightning.engines.vllm.arguments import engine_arguments, request_parameters
+from grpo_lightning.engines.vllm.compat import (
     check_version,
     fused_modules,
     import_vllm,
@@ -25,9 +23,9 @@ from grpo_lightning.rollout.vllm_compat import (
     put_weights,
     shut_down,
 )
-from grpo_lightning.rollout.vllm_options import engine_arguments, request_parameters
-from grpo_lightning.rollout.vllm_session import VLLMSession
-from grpo_lightning.rollout.weights import (
+from grpo_lightning.engines.vllm.session import VLLMSession
+from grpo_lightning.engines.vllm.shared_base import SharedBase, offered
+from grpo_lightning.engines.weight_sync import (
     KINDS,
     adapter_of,
     all_weights,
@@ -35,6 +33,8 @@ from grpo_lightning.rollout.weights import (
     choose_kind,
     merged_weights,
 )
+from grpo_lightning.errors import ConfigError, EngineError, choices, hinted
+from grpo_lightning.policy.policy import Policy
 from grpo_lightning.types import Completion, SamplingParams
 from grpo_lightning.utils.ranges import check_numbers
 
@@ -89,7 +89,7 @@ class VLLMEngine:
         if not installed():
             raise ConfigError(
                 "rollout.engine is VLLMEngine, but vllm is not installed: "
-                'pip install "grpo-lightning[vllm]", or use grpo_lightning.rollout.HFEngine'
+                'pip install "grpo-lightning[vllm]", or use grpo_lightning.engines.HFEngine'
             )
         check_version()
         sizes = {
@@ -201,7 +201,7 @@ class VLLMEngine:
         with process_kept(), _named("take the weights"), torch.no_grad():
             (fused,) = llm.collective_rpc(fused_modules)
             if self.sync_kind == "adapter":
-                from grpo_lightning.rollout.vllm_adapter import put_adapter
+                from grpo_lightning.engines.vllm.adapter import put_adapter
 
                 llm.collective_rpc(put_adapter, args=(adapter_of(policy),))
                 source = beside_adapter(policy, self._dtype, fused, first=self.policy_version < 0)

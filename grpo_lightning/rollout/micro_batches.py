@@ -7,16 +7,16 @@ from typing import TYPE_CHECKING, Any
 import lightning.pytorch as pl
 import torch
 
-from grpo_lightning.callbacks.memory import Cutter, cut
 from grpo_lightning.callbacks.surroundings import profiled, run_seed
+from grpo_lightning.engines.hf_sampling import uniforms
 from grpo_lightning.errors import GRPOError
 from grpo_lightning.losses import LossConfig
 from grpo_lightning.losses.token_selection import choose_tokens, given, reference_gap
 from grpo_lightning.metrics.logging import all_sum, gather, raise_together
 from grpo_lightning.packing.batch import RolloutBatch
 from grpo_lightning.packing.geometry import sampling_weights
-from grpo_lightning.rollout.collect import Collector, Rollout
-from grpo_lightning.rollout.sampling import uniforms
+from grpo_lightning.rollout.collector import Collector, Rollout
+from grpo_lightning.rollout.micro_batch_sizing import Cutter, cut
 
 if TYPE_CHECKING:
     from grpo_lightning.callbacks.rollout import RolloutCallback

@@ -10,16 +10,16 @@ import torch
 from torch import Tensor
 
 from grpo_lightning import advantages as adv
+from grpo_lightning.engines.base import Request, RolloutEngine, describe, sample_seeds
+from grpo_lightning.engines.process_guard import random_kept
+from grpo_lightning.engines.session import open_session
 from grpo_lightning.errors import ConfigError, EngineError
 from grpo_lightning.metrics.logging import all_sum, length_stats, raise_together, reward_stats
 from grpo_lightning.metrics.reduce import Stat, extreme, mean_of
 from grpo_lightning.packing.batch import RolloutBatch
 from grpo_lightning.rewards.suite import Rewards, Scores
 from grpo_lightning.rollout.checks import bad_advantages, bad_logprobs, bad_penalty
-from grpo_lightning.rollout.engine import Request, RolloutEngine, describe, sample_seeds
-from grpo_lightning.rollout.groups import Place, fill
-from grpo_lightning.rollout.process_guard import random_kept
-from grpo_lightning.rollout.session import open_session
+from grpo_lightning.rollout.dynamic_sampling import Place, fill
 from grpo_lightning.types import Completion, PromptBatch, SamplingParams
 
 Phase = Callable[[str], AbstractContextManager[Any]]

@@ -20,8 +20,8 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from grpo_lightning.callbacks.last import checkpoint_folders, local_path, remedy
-from grpo_lightning.callbacks.run_lock import RunLock
+from grpo_lightning.checkpoints.newest import checkpoint_folders, local_path, remedy
+from grpo_lightning.checkpoints.run_lock import RunLock
 from grpo_lightning.errors import CheckpointError, ConfigError, GRPOError
 from grpo_lightning.utils.atomic_files import (
     failures_named,

@@ -12,8 +12,8 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
+from grpo_lightning.engines.weight_sync import lora_layers, merged_weight
 from grpo_lightning.policy.policy import Policy
-from grpo_lightning.rollout.weights import lora_layers, merged_weight
 
 ROWS = 64
 """of a weight that are looked at"""

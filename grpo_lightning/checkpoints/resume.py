@@ -10,7 +10,7 @@ import lightning.pytorch as pl
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 
-from grpo_lightning.callbacks.last import AUTO, resolve_last
+from grpo_lightning.checkpoints.newest import AUTO, resolve_last
 from grpo_lightning.errors import ConfigError
 from grpo_lightning.utils.untrusted import PlainCheckpoints, check_local, read_plain_checkpoints
 
