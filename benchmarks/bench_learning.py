@@ -31,7 +31,7 @@ import torch
 from cpu_step import HERE, job_of
 from measure import save, setting, table
 
-from grpo_lightning.cli import load_config
+from grpo_lightning.cli.main import load_config
 
 CACHES = ("VLLM_CACHE_ROOT", "TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR")
 PHASES = ("sync", "generate", "reward", "score", "rollout", "train")

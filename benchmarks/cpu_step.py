@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from grpo_lightning import PromptDataModule
-from grpo_lightning.cli import load_config
+from grpo_lightning.cli.main import load_config
 from grpo_lightning.policy.model_source import resolve_model
 
 HERE = Path(__file__).parent

@@ -7,7 +7,7 @@ from grpo_lightning.utils.lazy import lazy
 if TYPE_CHECKING:
     from grpo_lightning.callbacks.rollout import RolloutCallback
     from grpo_lightning.data.datamodule import PromptDataModule
-    from grpo_lightning.module import GRPOModule
+    from grpo_lightning.modules.grpo import GRPOModule
     from grpo_lightning.packing.batch import RolloutBatch
     from grpo_lightning.types import SamplingParams
 
@@ -17,7 +17,7 @@ __all__ = ["GRPOModule", "PromptDataModule", "RolloutBatch", "RolloutCallback", 
 __getattr__, __dir__ = lazy(
     __name__,
     {
-        "GRPOModule": "module",
+        "GRPOModule": "modules.grpo",
         "PromptDataModule": "data.datamodule",
         "RolloutBatch": "packing.batch",
         "RolloutCallback": "callbacks.rollout",

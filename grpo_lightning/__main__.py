@@ -34,7 +34,7 @@ def main(args: list[str] | None = None) -> int:
     if argv[0] in ("-V", "--version"):
         print(f"grpo-lightning {__version__}")
         return 0
-    from grpo_lightning.cli import run
+    from grpo_lightning.cli.main import run
 
     return run(argv)
 

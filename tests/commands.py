@@ -124,7 +124,7 @@ def _server() -> Any:
 def _serve() -> None:
     """Forks where a line of the input says so, and answers with a pid; else with an exit code."""
     del sys.path[0]  # this folder
-    import grpo_lightning.cli  # noqa: F401
+    import grpo_lightning.cli.main  # noqa: F401
     from grpo_lightning.__main__ import main
 
     for line in sys.stdin:

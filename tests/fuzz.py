@@ -188,7 +188,7 @@ def base(folder: Path, model: str) -> dict[str, Any]:
 
 def fit_parser() -> Any:
     """Returns the parser of `fit`."""
-    from grpo_lightning import cli
+    from grpo_lightning.cli import main as cli
 
     class Parsing(cli.CLI):
         def parse_arguments(self, parser: Any, args: Any) -> None:

@@ -21,7 +21,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from grpo_lightning.callbacks.surroundings import run_seed
+from grpo_lightning.callbacks.checks import run_seed
 from grpo_lightning.engines.base import Request, describe, sample_seeds
 from grpo_lightning.errors import ConfigError, EngineError, GRPOError, choices
 from grpo_lightning.metrics.logging import gather, log_numbers

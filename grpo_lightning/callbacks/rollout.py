@@ -8,15 +8,7 @@ from typing import Any, Literal
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
 
-from grpo_lightning.callbacks.clock import Clock
-from grpo_lightning.callbacks.evaluation import Evaluation, ValidationConfig, validate_before_training
-from grpo_lightning.callbacks.plan import print_plan
-from grpo_lightning.callbacks.policy_check import PolicyCheck
-from grpo_lightning.callbacks.recorder import Recorder
-from grpo_lightning.callbacks.rollout_metrics import RolloutMetrics
-from grpo_lightning.callbacks.state import batch_state, restore
-from grpo_lightning.callbacks.stopping import Stopping, together
-from grpo_lightning.callbacks.surroundings import (
+from grpo_lightning.callbacks.checks import (
     check_batch,
     check_counts,
     check_epoch,
@@ -27,6 +19,14 @@ from grpo_lightning.callbacks.surroundings import (
     run_seed,
     start_engine,
 )
+from grpo_lightning.callbacks.evaluation import Evaluation, ValidationConfig, validate_before_training
+from grpo_lightning.callbacks.policy_check import PolicyCheck
+from grpo_lightning.callbacks.recorder import Recorder
+from grpo_lightning.callbacks.rollout_metrics import RolloutMetrics
+from grpo_lightning.callbacks.rollout_state import batch_state, restore
+from grpo_lightning.callbacks.run_summary import print_plan
+from grpo_lightning.callbacks.step_timing import Clock
+from grpo_lightning.callbacks.stopping import Stopping, together
 from grpo_lightning.engines.base import RolloutEngine
 from grpo_lightning.engines.hf import HFEngine
 from grpo_lightning.engines.process_guard import random_state

@@ -5,8 +5,8 @@ from typing import Any
 
 import lightning.pytorch as pl
 
-from grpo_lightning.callbacks.clock import Clock
 from grpo_lightning.callbacks.evaluation import note
+from grpo_lightning.callbacks.step_timing import Clock
 from grpo_lightning.errors import ConfigError
 from grpo_lightning.metrics.logging import log_numbers, over_ranks
 from grpo_lightning.metrics.reduce import extreme, mean_of

@@ -14,7 +14,7 @@ from grpo_lightning.policy.model_files import of_module
 from grpo_lightning.policy.weight_dtypes import check_saved
 
 if TYPE_CHECKING:
-    from grpo_lightning.module import GRPOModule
+    from grpo_lightning.modules.grpo import GRPOModule
 
 FORMAT = 4
 

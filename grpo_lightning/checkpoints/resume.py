@@ -15,7 +15,7 @@ from grpo_lightning.errors import ConfigError
 from grpo_lightning.utils.untrusted import PlainCheckpoints, check_local, read_plain_checkpoints
 
 if TYPE_CHECKING:
-    from grpo_lightning.module import GRPOModule
+    from grpo_lightning.modules.grpo import GRPOModule
 
 GROWN = {"amsgrad": "max_exp_avg_sq", "centered": "grad_avg", "momentum": "momentum_buffer"}
 """options that, switched on, need a state which a run without them has not gathered"""

@@ -24,7 +24,7 @@ from grpo_lightning.metrics.logging import any_rank, gather, norm_of
 from grpo_lightning.utils.ranges import check_numbers
 
 if TYPE_CHECKING:
-    from grpo_lightning.module import GRPOModule
+    from grpo_lightning.modules.grpo import GRPOModule
 
 IN_A_ROW = 3
 """skipped optimizer steps in a row that stop a run"""

@@ -3,7 +3,7 @@
 from grpo_lightning.rewards.code import CodeReward
 from grpo_lightning.rewards.functions import FormatReward, exact_match, format_reward, length_penalty
 from grpo_lightning.rewards.gym import ReasoningGymScore, reasoning_gym_score
-from grpo_lightning.rewards.maths import math_answer
+from grpo_lightning.rewards.math_reward import math_answer
 from grpo_lightning.rewards.suite import Rewards, Scores
 
 __all__ = [

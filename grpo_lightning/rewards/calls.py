@@ -8,10 +8,10 @@ from functools import partial
 from typing import Any
 
 from grpo_lightning.rewards.arguments import NamedReward
-from grpo_lightning.rewards.returned import Samples, failures_named
 from grpo_lightning.rewards.scores import RewardLog
 from grpo_lightning.rewards.state_guard import state_kept
 from grpo_lightning.rewards.time_limit import TimeLimitError, limited
+from grpo_lightning.rewards.validation import Samples, failures_named
 
 ASYNC_AT_ONCE = 32
 """async functions that run at the same time"""

@@ -12,8 +12,8 @@ from typing import Any
 from grpo_lightning.errors import ConfigError, RewardError
 from grpo_lightning.rewards.process import Process, ProcessEndedError
 from grpo_lightning.rewards.resolve import RewardSpec
-from grpo_lightning.rewards.returned import Samples, late
 from grpo_lightning.rewards.scores import Scores
+from grpo_lightning.rewards.validation import Samples, late
 from grpo_lightning.rewards.worker import Handler, Tell
 
 _START_S = 600.0

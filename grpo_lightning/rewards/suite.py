@@ -10,10 +10,10 @@ from grpo_lightning.errors import ConfigError, choices, hinted
 from grpo_lightning.rewards.arguments import GIVEN, HIDDEN, NamedReward, copies_of, name_of, unique
 from grpo_lightning.rewards.calls import call_all
 from grpo_lightning.rewards.resolve import RewardSpec, resolve
-from grpo_lightning.rewards.returned import Samples, as_floats, check_total
 from grpo_lightning.rewards.reward_workers import RewardWorkers
 from grpo_lightning.rewards.scores import RewardLog, Scores
 from grpo_lightning.rewards.time_limit import check_time_limit
+from grpo_lightning.rewards.validation import Samples, as_floats, check_total
 from grpo_lightning.utils.ranges import check_numbers
 
 __all__ = ["TIMEOUT_S", "Rewards", "Scores"]

@@ -9,7 +9,7 @@ from torch import Tensor
 from grpo_lightning.advantages import RewardTable
 from grpo_lightning.engines.base import Request, RolloutEngine, describe
 from grpo_lightning.errors import EngineError, GRPOError, RewardError
-from grpo_lightning.rewards.returned import clipped
+from grpo_lightning.rewards.validation import clipped
 from grpo_lightning.types import Completion
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import lightning.pytorch as pl
 import torch
 
-from grpo_lightning.callbacks.surroundings import profiled, run_seed
+from grpo_lightning.callbacks.checks import profiled, run_seed
 from grpo_lightning.engines.hf_sampling import uniforms
 from grpo_lightning.errors import GRPOError
 from grpo_lightning.losses import LossConfig

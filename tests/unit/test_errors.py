@@ -7,14 +7,14 @@ import pytest
 
 from grpo_lightning import GRPOModule, PromptDataModule, RolloutCallback, SamplingParams
 from grpo_lightning.callbacks import RunReport, SampleTable, ValidationConfig
+from grpo_lightning.cli.faults import blamed, differing, explained, named
+from grpo_lightning.cli.usage import condensed
 from grpo_lightning.engines import HFEngine, ReplayEngine, VLLMEngine
 from grpo_lightning.errors import ConfigError, GRPOError, UnknownOption
-from grpo_lightning.faults import blamed, differing, explained, named
 from grpo_lightning.kernels.config import KernelConfig
 from grpo_lightning.losses import AdaptiveEntropy, AdaptiveKL, CorrectionConfig, LossConfig
 from grpo_lightning.policy.reference import ReferenceConfig
 from grpo_lightning.rewards import FormatReward
-from grpo_lightning.usage import condensed
 
 PUBLIC = (
     GRPOModule, PromptDataModule, RolloutCallback, SamplingParams, RunReport, SampleTable, ValidationConfig,

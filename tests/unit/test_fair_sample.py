@@ -123,7 +123,7 @@ def test_the_kernel_weighs_as_its_twin(name, level):
 
 
 def test_weights_survive_a_checkpoint_and_a_split():
-    from grpo_lightning.callbacks.state import batch_state, restore_batch
+    from grpo_lightning.callbacks.rollout_state import batch_state, restore_batch
 
     sample = with_fair_sample(window(), seed=0)
     again = restore_batch(batch_state(sample))

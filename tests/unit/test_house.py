@@ -166,7 +166,7 @@ def test_everything_imports_without_the_optional_packages():
         "import sys\n"
         "for m in ('vllm','triton','bitsandbytes','gguf','reasoning_gym','datasets','math_verify'):\n"
         "    sys.modules[m] = None\n"
-        "import grpo_lightning.cli, grpo_lightning.policy.loading, grpo_lightning.engines as r\n"
+        "import grpo_lightning.cli.main, grpo_lightning.policy.loading, grpo_lightning.engines as r\n"
         "from grpo_lightning import *\n"
         "r.HFEngine, r.VLLMEngine, r.ReplayEngine\n"
         "print('ok')"

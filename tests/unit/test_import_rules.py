@@ -25,7 +25,7 @@ operator.attrgetter types.FunctionType cProfile.run profile.run trace.Trace time
 unittest.main logging.config.dictConfig logging.config.fileConfig shutil.rmtree pathlib.Path
 tempfile.mkdtemp sqlite3.connect zipfile.ZipFile yaml.unsafe_load yaml.load jinja2.Template sympy.sympify
 sympy.parsing.sympy_parser.parse_expr jsonargparse.set_parsing_settings pip.main setuptools.setup
-peft.PeftModel.from_pretrained grpo_lightning.cli.run grpo_lightning.policy.loading.load_policy
+peft.PeftModel.from_pretrained grpo_lightning.cli.main.run grpo_lightning.policy.loading.load_policy
 grpo_lightning.utils.imports._import grpo_lightning.utils.imports.importlib.import_module
 grpo_lightning.rewards.resolve.import_object grpo_lightning.data.sources.import_object
 grpo_lightning.data.files.Path.unlink grpo_lightning.data.datamodule.os.system mine.os.system mine.shell
@@ -47,7 +47,7 @@ lightning.pytorch.profilers.SimpleProfiler lightning.pytorch.plugins.MixedPrecis
 lightning.pytorch.plugins.io.AsyncCheckpointIO lightning.pytorch.plugins.environments.SLURMEnvironment
 lightning.pytorch.cli.ReduceLROnPlateau bitsandbytes.optim.AdamW8bit transformers.Adafactor
 grpo_lightning.engines.HFEngine grpo_lightning.engines.VLLMEngine grpo_lightning.callbacks.SampleTable
-grpo_lightning.RolloutCallback grpo_lightning.callbacks.AdapterCheckpointIO mine.Judge mine.half
+grpo_lightning.RolloutCallback grpo_lightning.checkpoints.AdapterCheckpointIO mine.Judge mine.half
 """
 
 MINE = """

@@ -18,12 +18,12 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 from grpo_lightning.callbacks.health import Health
 from grpo_lightning.callbacks.rollout import RolloutCallback
 from grpo_lightning.checkpoints.newest import AUTO, resolve_last
+from grpo_lightning.cli.faults import differing, explained, leaves, report
+from grpo_lightning.cli.preflight import check_values, rehearse
+from grpo_lightning.cli.usage import complaint
 from grpo_lightning.data.datamodule import PromptDataModule
 from grpo_lightning.errors import ConfigError, GRPOError
-from grpo_lightning.faults import differing, explained, leaves, report
-from grpo_lightning.module import GRPOModule
-from grpo_lightning.preflight import check_values, rehearse
-from grpo_lightning.usage import complaint
+from grpo_lightning.modules.grpo import GRPOModule
 from grpo_lightning.utils.signals import Stopped, exits_named, ignore, listen, set_command
 from grpo_lightning.utils.untrusted import check_arguments, check_config, restrict_parser
 
@@ -32,7 +32,7 @@ TRAINER_DEFAULTS: dict[str, Any] = {
     "trainer.log_every_n_steps": 1,
     "trainer.num_sanity_val_steps": 0,
     "trainer.use_distributed_sampler": False,
-    "trainer.plugins": [{"class_path": "grpo_lightning.callbacks.AdapterCheckpointIO"}],
+    "trainer.plugins": [{"class_path": "grpo_lightning.checkpoints.AdapterCheckpointIO"}],
 }
 
 

@@ -21,6 +21,7 @@ from grpo_lightning.losses.fused import policy_loss
 from grpo_lightning.losses.policy_loss import Weights
 from grpo_lightning.metrics.logging import all_ranks, gradient_norm, gradient_scale, log_numbers
 from grpo_lightning.metrics.reduce import Stat, combine, values
+from grpo_lightning.modules.trainer_support import TrainerSupport, explains
 from grpo_lightning.packing.batch import RolloutBatch
 from grpo_lightning.policy.finite_checks import SkippedSteps, build_optimizer, check_options, check_weights
 from grpo_lightning.policy.lora import check_quantization, lora_config, starts_as_base
@@ -29,7 +30,6 @@ from grpo_lightning.policy.probe import settle_forward
 from grpo_lightning.policy.reference import ReferenceConfig
 from grpo_lightning.policy.verification import check_totals, engine_gap, first_step_distance, rollout_stats
 from grpo_lightning.policy.weight_dtypes import WeightsChanged, check_precision, check_trained
-from grpo_lightning.trainer_support import TrainerSupport, explains
 from grpo_lightning.types import PromptBatch
 
 if TYPE_CHECKING:

@@ -1,0 +1,1 @@
+"""The command line: LightningCLI with our sections, checks before anything is written, errors of one line."""

@@ -1,0 +1,1 @@
+"""LightningModules: from a rollout to a loss."""
