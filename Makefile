@@ -9,7 +9,7 @@ CONSTRAINT := $(shell command -v nvidia-smi >/dev/null 2>&1 || echo "-c constrai
 WORKERS ?= $(shell n=$$(nproc 2>/dev/null || echo 2); echo $$((n < 8 ? n : 8)))
 
 # What computes numbers.
-CORE := grpo_lightning/losses/*,grpo_lightning/ops/*,grpo_lightning/advantages.py,grpo_lightning/batch.py,grpo_lightning/packing.py,grpo_lightning/stats.py
+CORE := grpo_lightning/losses/*,grpo_lightning/ops/*,grpo_lightning/advantages.py,grpo_lightning/packing/*,grpo_lightning/metrics/reduce.py
 
 .PHONY: quickstart quickstart-vllm test test-vllm lint clean setup conformance
 setup: $(VENV)/.ready
@@ -29,6 +29,7 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
+	$(BIN)/lint-imports --no-logo
 
 # One environment installs while the other does, and is linted; then tests, as many at a time as there are cores.
 test:

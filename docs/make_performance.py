@@ -237,7 +237,7 @@ times smaller; 2x over full logits at 896 and 2048 (3.4x, 2.1x) and 1.3x over Un
 its memory; 70 % of the floor (78 to 91 %; 91 to 95 % at 131,072 rows); 600 MiB of workspace beside the gradient rows [N, H], which are 1 GiB themselves at 131,072 rows and H = 4096.
 Out of reach are 1.3x over Unsloth at 2048 and 4096 (1.17x and 1.04x, ours with the entropy, theirs without) and 2x over full logits at 4096 (1.51x): the two products alone,
 with nothing before, between or after them, would be 1.30x, 1.15x and 1.66x.
-A call in bf16 writes no logits: its first product ends in exponentials, of which the second makes the gradient (`ops/head_gemm.py`).
+A call in bf16 writes no logits: its first product ends in exponentials, of which the second makes the gradient (`ops/lm_head/fused_gemm.py`).
 
 ## The loss
 

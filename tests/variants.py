@@ -27,16 +27,16 @@ from grpo_lightning.ops.rotary_triton import turn
 from grpo_lightning.ops.swiglu_triton import backward, forward
 
 KERNELS = (
-    "varlen_triton._merge",
-    "swiglu_triton._forward",
-    "swiglu_triton._backward",
-    "rotary_triton._turn",
-    "head_triton._rows",
-    "head_triton._scale",
-    "head_gemm_triton._own",
-    "head_gemm_triton._multiply",
-    "head_gemm_triton._finish",
-    "policy_loss_triton.loss_kernel",
+    "ops.attention.varlen_triton._merge",
+    "ops.swiglu_triton._forward",
+    "ops.swiglu_triton._backward",
+    "ops.rotary_triton._turn",
+    "ops.lm_head.rows_triton._rows",
+    "ops.lm_head.rows_triton._scale",
+    "ops.lm_head.fused_gemm_triton._own",
+    "ops.lm_head.fused_gemm_triton._multiply",
+    "ops.lm_head.fused_gemm_triton._finish",
+    "losses.fused.launch_triton.loss_kernel",
 )
 
 
@@ -97,14 +97,14 @@ def loss(seed: int) -> None:
 
 def main() -> None:
     """Prints for each kernel how many variants 30 batches need."""
-    seen = {name: Launches(resolve_name(f"grpo_lightning.ops.{name}")) for name in KERNELS}
+    seen = {name: Launches(resolve_name(f"grpo_lightning.{name}")) for name in KERNELS}
     after: dict[str, set[str]] = defaultdict(set)
     with ExitStack() as patched:
         patched.enter_context(
             patch("grpo_lightning.ops.lm_head.fused_gemm_triton.programs", lambda device: 132)
         )
         for name, launches in seen.items():
-            patched.enter_context(patch(f"grpo_lightning.ops.{name}", launches))
+            patched.enter_context(patch(f"grpo_lightning.{name}", launches))
         for step in range(30):
             if step == 3:
                 after = {name: set(launches.keys) for name, launches in seen.items()}
@@ -113,7 +113,7 @@ def main() -> None:
             loss(step)
     for name, launches in seen.items():
         assert launches.keys, f"{name} was not launched"
-        print(f"{name.split('.')[1]}: {len(after[name])} then {len(launches.keys)}")
+        print(f"{name.rpartition('.')[2]}: {len(after[name])} then {len(launches.keys)}")
         for key in launches.keys - after[name]:
             print("   ", key)
 

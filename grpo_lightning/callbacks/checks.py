@@ -2,8 +2,6 @@
 
 import math
 import os
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from time import perf_counter
 from types import SimpleNamespace
@@ -23,6 +21,7 @@ from grpo_lightning.metrics.reduce import mean_of
 from grpo_lightning.rewards.suite import Rewards
 from grpo_lightning.rollout.collector import Collector, Rollout
 from grpo_lightning.rollout.micro_batch_sizing import check_micro_batches
+from grpo_lightning.rollout.phases import profiled
 from grpo_lightning.types import PromptBatch, SamplingParams
 from grpo_lightning.utils.out_of_memory import explained
 from grpo_lightning.utils.ranges import check_numbers
@@ -200,13 +199,6 @@ def check_accumulation(trainer: pl.Trainer) -> None:
             "GradientAccumulationScheduler changes how many micro-batches a rollout has; "
             "use trainer.accumulate_grad_batches"
         )
-
-
-@contextmanager
-def profiled(trainer: pl.Trainer, name: str) -> Iterator[None]:
-    block: AbstractContextManager[Any] = trainer.profiler.profile(f"rollout/{name}")  # pyright: ignore
-    with explained(trainer, name), block:
-        yield
 
 
 def synchronised(trainer: pl.Trainer, engine: RolloutEngine, policy: Any, version: int) -> float:

@@ -21,7 +21,6 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from grpo_lightning.callbacks.checks import run_seed
 from grpo_lightning.engines.base import Request, describe, sample_seeds
 from grpo_lightning.errors import ConfigError, EngineError, GRPOError, choices
 from grpo_lightning.metrics.logging import gather, log_numbers
@@ -107,7 +106,7 @@ class PolicyCheck:
         if not (self._evidence or self._asks()):
             return
         own = _examined(self.parts, module.window_gaps)
-        seed = run_seed(settings.seed) + trainer.global_step
+        seed = settings.seed + trainer.global_step
         self._evidence.append(_over_ranks([distances(policy, b, gap, seed) for b, gap in own]))
         found = _join(self._evidence)
         if len(found.tokens) < ENOUGH:
@@ -195,7 +194,7 @@ def _again(
     """Returns what another sync and new samples of the same prompts give, or why there is no such thing."""
     engine, policy, version = settings.engine, module.policy, trainer.global_step
     prompts = [ids for b in own for ids in _prompts(b)][:PROMPTS]
-    seed = run_seed(settings.seed)
+    seed = settings.seed
     requests = [  # no rollout has a negative number, so no sample has had these seeds
         Request(prompt_ids=ids, uid=i, seeds=sample_seeds(seed, -version - 2, i, SAMPLES))
         for i, ids in enumerate(prompts)

@@ -15,7 +15,6 @@ from grpo_lightning.callbacks.checks import (
     check_sampling,
     check_setup,
     collected,
-    profiled,
     run_seed,
     start_engine,
 )
@@ -38,6 +37,7 @@ from grpo_lightning.rewards.suite import TIMEOUT_S, Rewards
 from grpo_lightning.rollout.collector import Collector, Rollout
 from grpo_lightning.rollout.micro_batch_sizing import Cutter, check_micro_batches
 from grpo_lightning.rollout.micro_batches import make_parts
+from grpo_lightning.rollout.phases import profiled
 from grpo_lightning.types import PromptBatch, SamplingParams
 from grpo_lightning.utils.signals import at_once
 
@@ -116,7 +116,7 @@ class RolloutCallback(Callback):
         self.advantage, self.advantage_clip = advantage, advantage_clip
         self.mask_truncated_completions = mask_truncated_completions
         self.zero_variance_groups = zero_variance_groups
-        self.validation, self.seed, self._given_seed = validation, seed, seed
+        self.validation, self.seed, self._given_seed = validation, run_seed(seed), seed
         self.policy_check = PolicyCheck(on_policy_mismatch)
         self.recorder = Recorder(record_to)
         self._parts: list[RolloutBatch] = []
@@ -240,7 +240,7 @@ class RolloutCallback(Callback):
             tokenizer=module.tokenizer,
             num_generations=self.num_generations,
             sampling=self.sampling,
-            seed=run_seed(self.seed),
+            seed=self.seed,
             advantage=self._advantage_of(module.loss),
             advantage_clip=self.advantage_clip,
             mask_truncated=self.mask_truncated_completions,

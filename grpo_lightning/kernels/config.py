@@ -1,6 +1,6 @@
 """Which kernels run, and a loaded model prepared for them.
 
-Modules are exchanged by the table in `exchange.py`: each becomes an instance of a subclass of its own class,
+Modules are exchanged by the table in `patching.py`: each becomes an instance of a subclass of its own class,
 so that saving, switching off and merging stay peft's. Decoder layers are compiled. `Prepared.plain` runs the
 model as it was.
 """

@@ -2,12 +2,12 @@
 launched the next.
 
 A graph replays kernels at the addresses and sizes of its capture. So batches are filled up to few shapes
-(`ops/filling.py`), and what differs between batches of one shape is copied in before a replay. The first
-batch of a shape runs without a graph: this compiles its kernels, which a capture cannot do, and a shape that
-does not come again is not captured. It keeps only its layers' inputs and runs them again in the backward. The
-same kernels run on the same sizes with and without a graph, so the results are equal bit for bit. All graphs
-share one pool of memory: the activations of one micro-batch are there at a time, hence a forward whose
-predecessor still waits for its backward runs without a graph too.
+(`ops/attention/shape_buckets.py`), and what differs between batches of one shape is copied in before a
+replay. The first batch of a shape runs without a graph: this compiles its kernels, which a capture cannot do,
+and a shape that does not come again is not captured. It keeps only its layers' inputs and runs them again in
+the backward. The same kernels run on the same sizes with and without a graph, so the results are equal bit
+for bit. All graphs share one pool of memory: the activations of one micro-batch are there at a time, hence a
+forward whose predecessor still waits for its backward runs without a graph too.
 """
 
 import gc

@@ -69,7 +69,9 @@ class Outline:
 
 def row_starts(prompt_lengths: Sequence[int], lengths: Sequence[int], groups: Sequence[int]) -> RowStarts:
     """Returns the first row of T of each prompt and of each completion."""
-    prompts, completions, row, s = [], [], 0, 0
+    prompts: list[int] = []
+    completions: list[int] = []
+    row = s = 0
     for g, p in enumerate(prompt_lengths):
         prompts.append(row)
         row += p
@@ -211,7 +213,8 @@ def sampling_weights(lengths: Sequence[int], draws: int, u: float) -> list[float
         u: in [0, 1), where the first point lies within the first distance.
     """
     step = sum(lengths) / draws
-    weights, before = [], 0
+    weights: list[float] = []
+    before = 0
     for n in lengths:
         hits = _points_below((before + n) / step, u) - _points_below(before / step, u)
         weights.append(hits * step / n if hits else 0.0)

@@ -5,7 +5,6 @@ import pickle
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
@@ -14,11 +13,10 @@ from grpo_lightning.rewards.process import Process, ProcessEndedError
 from grpo_lightning.rewards.resolve import RewardSpec
 from grpo_lightning.rewards.scores import Scores
 from grpo_lightning.rewards.validation import Samples, late
-from grpo_lightning.rewards.worker import Handler, Tell
 
 _START_S = 600.0
 """seconds that importing the functions may take"""
-_ERRORS = {"ConfigError": ConfigError, "RewardError": RewardError}
+ERRORS = {"ConfigError": ConfigError, "RewardError": RewardError}
 
 
 class RewardWorkers:
@@ -43,7 +41,7 @@ class RewardWorkers:
             _check_importable(spec)
         setup = {"specs": list(specs), "weights": list(weights)}
         self._processes = [
-            Process("grpo_lightning.rewards.reward_workers:scorer", setup) for _ in range(count)
+            Process("grpo_lightning.rewards.worker_scoring:scorer", setup) for _ in range(count)
         ]
         self._seconds = seconds
 
@@ -111,7 +109,7 @@ class _Call:
     def heard(self, message: dict[str, Any], seconds: float | None) -> Scores | None:
         """Takes a message of the process; returns the scores if it holds them."""
         if "error" in message:
-            raise _ERRORS[message["error"]](message["text"])
+            raise ERRORS[message["error"]](message["text"])
         if "scores" in message:
             return Scores(**message["scores"])
         self.names = message["starting"]
@@ -132,26 +130,6 @@ def _doing(at_work: Mapping[Any, _Call]) -> str:
     samples = next((call.samples for call in at_work.values()), None)
     what = f"at work were {', '.join(map(repr, names))}" if names else "it had called no function yet"
     return f"{what} (see above for what it printed)" + ("" if samples is None else f"{samples.show(0)}")
-
-
-def scorer(setup: dict[str, Any]) -> Handler:
-    """Returns the handler of a worker: it scores as `Rewards` does, and says which functions it starts."""
-    from grpo_lightning.rewards.suite import Rewards
-
-    made: list[Rewards] = []
-
-    def handle(call: dict[str, Any], tell: Tell) -> None:
-        try:
-            if not made:  # here, so that a function that cannot be imported is an answer
-                made.append(Rewards(setup["specs"], setup["weights"], timeout_s=None))
-            scores = made[0].score(**call, starting=lambda names: tell({"starting": list(names)}))
-        except (ConfigError, RewardError) as error:
-            kind = next(name for name, kind in _ERRORS.items() if isinstance(error, kind))
-            tell({"error": kind, "text": str(error)})
-        else:
-            tell({"scores": asdict(scores)})
-
-    return handle
 
 
 def _check_importable(spec: RewardSpec) -> None:

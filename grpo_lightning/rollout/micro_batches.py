@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 import lightning.pytorch as pl
 import torch
 
-from grpo_lightning.callbacks.checks import profiled, run_seed
 from grpo_lightning.engines.hf_sampling import uniforms
 from grpo_lightning.errors import GRPOError
 from grpo_lightning.losses import LossConfig
@@ -17,6 +16,7 @@ from grpo_lightning.packing.batch import RolloutBatch
 from grpo_lightning.packing.geometry import sampling_weights
 from grpo_lightning.rollout.collector import Collector, Rollout
 from grpo_lightning.rollout.micro_batch_sizing import Cutter, cut
+from grpo_lightning.rollout.phases import profiled
 
 if TYPE_CHECKING:
     from grpo_lightning.callbacks.rollout import RolloutCallback
@@ -91,7 +91,7 @@ def _micro_batches(
 ) -> list[RolloutBatch]:
     """Returns the micro-batches of one optimizer step, scored where the policy moves before they train."""
     loss: LossConfig = module.loss
-    seed = run_seed(settings.seed)
+    seed = settings.seed
     parts = _cut(window, settings.cutter, trainer.world_size, loss, seed)
     # The engine's numbers stand for the old ones, once they are over the whole vocabulary.
     bypassed = loss.correction.bypass and window.sampler_logprobs is not None and window.truncation is None

@@ -1,6 +1,6 @@
 """Through fp32 logits: a chunk is made, read for its log-probabilities and overwritten with gradient rows.
 
-Any type, any device, any logits; `head_gemm.py` is the faster way where it can be gone.
+Any type, any device, any logits; `fused_gemm.py` is the faster way where it can be gone.
 """
 
 from collections.abc import Iterator
@@ -39,7 +39,7 @@ def chunks(x: Inputs) -> Iterator[Chunk]:
 
 @dataclass(frozen=True, slots=True)
 class Logits:
-    """The way; `kernels` is `head.py` or its Triton form."""
+    """The way; `kernels` is `rows.py` or its Triton form."""
 
     kernels: ModuleType
 

@@ -9,7 +9,7 @@ d logp / d hidden of it: no pass over logits. A backward that goes again knows l
 writes gradient rows at once.
 
 A token that is less likely than 2^-90 would take e^d out of range: one look at all odds, before the last
-product, and such a call goes through logits instead (`head_logits.py`).
+product, and such a call goes through logits instead (`chunked_logits.py`).
 """
 
 import math

@@ -1,4 +1,4 @@
-"""A product h W^T that ends in exponentials: no logits are written. See `head_gemm.py` for what they become.
+"""A product h W^T that ends in exponentials: no logits are written. See `fused_gemm.py` for what they become.
 
 Tempered logits are in base 2 here. `_multiply` is persistent: as many programs as the GPU has processors
 walk over the tiles, all row tiles of a column tile together, so that W is read once. The copy engine (TMA)

@@ -7,8 +7,8 @@ so the forward builds U [N, H] while a chunk of the vocabulary is at hand, and t
 rows: two matrix multiplies for forward and backward, whatever the loss. A trainable head, and a gradient
 through the entropies, go through the vocabulary again in the backward.
 
-Two ways lead through the vocabulary (`head.Way`): `head_gemm.py` for bf16 on a GPU that loads tiles by
-itself, where a GEMM ends in exponentials and no logits are written; `head_logits.py` for all else.
+Two ways lead through the vocabulary (`head.Way`): `fused_gemm.py` for bf16 on a GPU that loads tiles by
+itself, where a GEMM ends in exponentials and no logits are written; `chunked_logits.py` for all else.
 """
 
 from typing import Any, NamedTuple

@@ -1,4 +1,4 @@
-"""How logits are made of hidden states and what a chunk of them says: the torch twin of `head_triton.py`."""
+"""How logits are made of hidden states and what a chunk of them says: the torch twin of `rows_triton.py`."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -58,7 +58,7 @@ def new_rows(x: Inputs) -> Tensor:
 
 
 class Way(Protocol):
-    """A way through the vocabulary, chunk by chunk: `head_logits.py`, `head_gemm.py`."""
+    """A way through the vocabulary, chunk by chunk: `chunked_logits.py`, `fused_gemm.py`."""
 
     def scale_rows(self, u: Tensor, g: Tensor) -> Tensor:
         """Returns g[:, None] * u in the type of u, rounded once."""
