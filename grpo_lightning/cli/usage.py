@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from grpo_lightning.errors import ConfigError, choices
+from grpo_lightning.migration.class_paths import moved
 from grpo_lightning.migration.options import explain
 from grpo_lightning.utils.imports import import_class
 from grpo_lightning.utils.untrusted import refused_import
@@ -129,6 +130,9 @@ def condensed(message: str) -> str:
     """Returns a parser's message as one line; of a value that fits no type, what it is and what fits."""
     if refused := refused_import(message):
         return refused
+    if sentence := moved(message):
+        key = re.search(r'[Kk]ey "([^"]+)"', message)
+        return f"{key[1]}: {sentence}" if key else sentence
     nested = re.search(r'key "([^"]+)".*got NestedArg\(key=\'([^\']+)\'', message, re.DOTALL)
     if nested is not None:
         key = nested[1]
@@ -138,7 +142,7 @@ def condensed(message: str) -> str:
         return _cut(" ".join(message.split()), 4 * LONGEST)
     key, text, value = found[1], found[2], found[3].strip()
     if key == "rollout.engine":
-        return f"{key} is {choices(_cut(value), ENGINES)}; write it as grpo_lightning.rollout.NAME"
+        return f"{key} is {choices(_cut(value), ENGINES)}; write it as grpo_lightning.engines.NAME"
     reasons = re.findall(r"^\s*- (.+)$", message, re.MULTILINE) or [" ".join(text.split())]
     kept = [r for r in dict.fromkeys(reasons) if "NoneType" not in r and "a path but" not in r]
     allowed = [_plainer(r) for r in kept or reasons]

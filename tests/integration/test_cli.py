@@ -204,6 +204,16 @@ def test_what_is_refused_is_one_line_and_leaves_no_folder(name, base, tmp_path):
     assert set(tmp_path.rglob("*")) <= there
 
 
+def test_a_class_path_that_moved_is_answered_with_its_new_place(base, tmp_path):
+    put(base, "rollout.engine", {"class_path": "grpo_lightning.rollout.HFEngine"})
+    code, text = call(base, tmp_path)
+    assert code == 2
+    assert (
+        "error: rollout.engine: grpo_lightning.rollout.HFEngine is now grpo_lightning.engines.HFEngine\n"
+        in text
+    )
+
+
 def test_traceback_shows_the_rest_and_is_no_option(base, tmp_path):
     put(base, "model.lora", {"r": 4, "target_modules": ["nothing"]})
     code, text = call(base, tmp_path, "--traceback")

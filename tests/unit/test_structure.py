@@ -1,11 +1,15 @@
 """Modules stay small, public names stay, heavy imports stay lazy. Layers of imports: `lint-imports`."""
 
 import ast
+import pkgutil
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from grpo_lightning.migration.class_paths import MOVED
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "grpo_lightning"
@@ -85,6 +89,13 @@ def test_public_names_stay(module):
     for name in PUBLIC[module]:
         assert getattr(loaded, name) is not None
         assert name in dir(loaded)
+
+
+@pytest.mark.parametrize(("old", "new"), MOVED.items())
+def test_moved_names_are_answered_with_their_new_place(old, new):
+    assert pkgutil.resolve_name(new).__name__ == new.rpartition(".")[2]
+    with pytest.raises(ImportError, match=f"{re.escape(old)} is now {re.escape(new)}$"):
+        pkgutil.resolve_name(old)
 
 
 def test_import_pulls_in_nothing_heavy():
