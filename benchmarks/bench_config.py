@@ -49,6 +49,7 @@ def command_of(args: argparse.Namespace, model: str, folder: Path) -> list[str]:
         *(word for file in args.config for word in ("--config", str(Path(file).resolve()))),
         *("--model.model_name", model, "--rollout.reward_funcs", json.dumps([f"{__file__}:even"])),
         *("--rollout.reward_weights", "null", "--data.dataset", str(Path(args.dataset).resolve())),
+        *("--data.dataset_kwargs", "null"),
         *("--data.subset", "null", "--trainer.max_steps", str(args.steps), "--trainer.logger"),
         *(csv_logger(folder), "--trainer.log_every_n_steps", "1", "--trainer.enable_progress_bar"),
         *("false", *args.flags),

@@ -87,6 +87,7 @@ def command_of(side: str, job: dict[str, Any], python: str, folder: Path, flags:
         *("--trainer.log_every_n_steps", "1", "--trainer.enable_checkpointing", "false"),
         *("--trainer.enable_progress_bar", "false", "--rollout.validation.before_training", "false"),
         *("--data.validation_split", "null", "--data.dataset", job["dataset"], "--data.subset", "null"),
+        *("--data.dataset_kwargs", json.dumps(job["dataset_kwargs"])),
         *("--seed_everything", str(job["seed"]), *FLAGS[side]),
         *(("--rollout.engine.init_args.gpu_memory_utilization", str(job["share"])) if job["share"] else ()),
         *flags,

@@ -120,7 +120,7 @@ def measure(
         policy.padded_reason = "asked for" if piece.layout == "padded" else None
         if piece.layout == "padded":
             policy._set_attention("sdpa")
-        policy.prepare(KernelConfig(**chosen | (piece.alone or {})), device)
+        policy.prepare(KernelConfig(**chosen | (piece.self_attention or {})), device)
 
         with adapters_in(policy, piece.adapters):
             name, run, row = in_parts_that_fit(piece.name, piece.parts, policy, batch, device, repeats)
@@ -132,7 +132,7 @@ def measure(
         reference = found if reference is None else reference
         row["gradient_error"] = ((found - reference).norm() / reference.norm()).item()
     half = make_rollout(WORKLOADS[work], SHAPES[shape]["vocab_size"], dead=0.5).to(device)
-    alive = half.without_groups(half.dead_groups())
+    alive = half.without_groups(half.zero_variance_groups())
     name, _, row = in_parts_that_fit("half of the groups dead, skipped", 1, policy, alive, device, repeats)
     rows[name] = row
     return {

@@ -98,12 +98,13 @@ def job_of(path: str, steps: int, model: str | None = None, dataset: str | None 
     config = load_config(path)
     rollout, data = config["rollout"], config["data"]
     if dataset is not None:
-        data = {**data, "dataset": dataset, "subset": None}
+        data = {**data, "dataset": dataset, "subset": None, "dataset_kwargs": None}
     return {
         "config": path,
         "steps": steps,
         "model": resolve_model(model or config["model"]["model_name"]),
         "dataset": data["dataset"],
+        "dataset_kwargs": data.get("dataset_kwargs"),
         "rows": rows_of(data),
         "prompts": data["prompts_per_rollout"],
         "group": rollout["num_generations"],

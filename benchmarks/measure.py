@@ -14,7 +14,8 @@ from typing import Any
 
 import torch
 
-RESULTS = Path(__file__).parent / "results"
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
 PACKAGES = ("torch", "triton", "transformers", "peft", "trl", "liger-kernel", "lightning")
 _FLUSH: list[torch.Tensor] = []
 
@@ -132,9 +133,21 @@ def parser(description: str | None, repeats: int) -> argparse.ArgumentParser:
     return made
 
 
+def portable(value: Any) -> Any:
+    """Returns `value` with paths of this repository relative to it, and of other paths the last part."""
+    if isinstance(value, dict):
+        return {key: portable(v) for key, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [portable(v) for v in value]
+    if isinstance(value, str | Path) and Path(value).is_absolute():
+        path = Path(value)
+        return str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else path.name
+    return value
+
+
 def save(name: str, result: dict[str, Any], folder: Path | None = None) -> Path:
     """Writes `result` as results/name-date.json."""
     path = (folder or RESULTS) / f"{name}-{date.today().isoformat()}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(result, indent=1) + "\n")
+    path.write_text(json.dumps(portable(result), indent=1) + "\n")
     return path

@@ -16,7 +16,7 @@ import torch
 from tiny_configs import VOCAB, WINDOW, tiny_config
 
 from grpo_lightning.engines.base import Request
-from grpo_lightning.engines.hf import WAYS, HFEngine, right_way
+from grpo_lightning.engines.hf import MODES, HFEngine, working_mode
 from grpo_lightning.errors import GRPOError
 from grpo_lightning.packing.batch import RolloutBatch
 from grpo_lightning.policy.dropout import disable_dropout
@@ -127,7 +127,7 @@ def differences(stock: Any, policy: Policy) -> dict[str, float]:
     expected = one_by_one(stock.eval(), b)
     wanted = _gradient(stock, (expected * weights).sum())
     for parts in (1, 4):
-        cuts = b.outline.split(parts)
+        cuts = b.sequence_layout.split(parts)
         where = torch.cat([torch.tensor([i for s in cut for i in _tokens_of(b, s)]) for cut in cuts]).long()
         policy.train()
         logprobs = torch.cat([policy.logprobs(b.take(cut)).logprobs for cut in cuts])
@@ -194,7 +194,7 @@ def trial(name: str, check: bool = False) -> Row:
         class_name,
         "padded" if policy.padded_reason else "packed",
         policy.padded_reason or "",
-        WAYS[right_way(policy)],
+        MODES[working_mode(policy)],
     )
     if check:
         for what, value in differences(stock, policy).items():
@@ -238,7 +238,7 @@ a call. With `longrope` a run takes the factors of its longest prompt and comple
 def page(rows: list[Row], version: str) -> str:
     """Returns docs/models.md."""
     ways, decodings = Counter(r.way for r in rows), Counter(r.decoding for r in rows)
-    together, by_length, uncached = (decodings[name] for name in WAYS.values())
+    together, by_length, uncached = (decodings[name] for name in MODES.values())
     head = HEAD.format(
         version=version,
         total=len(rows),

@@ -81,7 +81,7 @@ class RewardTable:
         low = far.scatter_reduce(0, self.group_ids, x.nan_to_num(torch.inf), "amin")
         return high <= low
 
-    def silent_groups(self, name: str) -> set[int]:
+    def zero_variance_groups(self, name: str) -> set[int]:
         """Returns the groups whose rewards say nothing about their members, in the way `name` reads them."""
         silent = ADVANTAGES[name].constant(self)
         return {g for g in range(self.num_groups) if silent[g]}

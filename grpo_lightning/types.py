@@ -79,7 +79,7 @@ class SamplingParams:
         return None if kept == Truncation() else kept
 
     @property
-    def distorted_by(self) -> list[str]:
+    def off_policy_options(self) -> list[str]:
         """Options for which the engine's log-probabilities are not those of any policy we can compute."""
         own = [("repetition_penalty", self.repetition_penalty != 1.0), ("regex", self.regex is not None)]
         return [key for key, on in own if on] + sorted(CHANGES_PROBABILITIES & set(self.extra))

@@ -142,10 +142,10 @@ def check_loss(loss: LossConfig, sampling: SamplingParams, advantage: str) -> No
     corrects = (
         loss.correction.mode != "off" or loss.correction.bypass or loss.off_policy_threshold is not None
     )
-    if corrects and sampling.distorted_by:
+    if corrects and sampling.off_policy_options:
         rank_zero_warn(
-            f"rollout.sampling.{sampling.distorted_by[0]} makes the engine sample from something else than "
-            "the policy: its log-probabilities are not used, so model.loss.correction is off"
+            f"rollout.sampling.{sampling.off_policy_options[0]} makes the engine sample from something else "
+            "than the policy: its log-probabilities are not used, so model.loss.correction is off"
         )
 
 

@@ -35,8 +35,8 @@ from grpo_lightning.metrics.logging import gather, log_numbers
 from grpo_lightning.packing.batch import RolloutBatch
 from grpo_lightning.rewards.suite import TIMEOUT_S, Rewards
 from grpo_lightning.rollout.collector import Collector, Rollout
-from grpo_lightning.rollout.micro_batch_sizing import Cutter, check_micro_batches
-from grpo_lightning.rollout.micro_batches import make_parts
+from grpo_lightning.rollout.micro_batch_sizing import MicroBatchSizer, check_micro_batches
+from grpo_lightning.rollout.micro_batches import make_micro_batches
 from grpo_lightning.rollout.phases import profiled
 from grpo_lightning.types import PromptBatch, SamplingParams
 from grpo_lightning.utils.signals import at_once
@@ -112,21 +112,21 @@ class RolloutCallback(Callback):
         self.num_generations, self.sampling = num_generations, sampling
         self.updates_per_rollout, self.num_iterations = updates_per_rollout, num_iterations
         self.dynamic_sampling, self.overlap_rewards = dynamic_sampling, overlap_rewards
-        self.micro_batches, self.cutter = micro_batches, Cutter(micro_batches, 1)
+        self.micro_batches, self.micro_batch_sizer = micro_batches, MicroBatchSizer(micro_batches, 1)
         self.advantage, self.advantage_clip = advantage, advantage_clip
         self.mask_truncated_completions = mask_truncated_completions
         self.zero_variance_groups = zero_variance_groups
         self.validation, self.seed, self._given_seed = validation, run_seed(seed), seed
         self.policy_check = PolicyCheck(on_policy_mismatch)
         self.recorder = Recorder(record_to)
-        self._parts: list[RolloutBatch] = []
+        self._micro_batches: list[RolloutBatch] = []
         self._samples: dict[str, list[Any]] | None = None
         self._clock, self._started, self._stopping = Clock(), False, Stopping()
         self._restored: dict[str, Any] | None = None
         self._evaluation = Evaluation(self.validation, self.rewards.names)
         self._metrics = RolloutMetrics(self._clock, self._evaluation.logged)
 
-    def parts_per_rollout(self, trainer: pl.Trainer) -> int:
+    def micro_batches_per_rollout(self, trainer: pl.Trainer) -> int:
         """Returns M: how many micro-batches one rollout feeds. The prompt loader asks for it."""
         return trainer.accumulate_grad_batches * self.updates_per_rollout * self.num_iterations
 
@@ -160,12 +160,12 @@ class RolloutCallback(Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Says what is going to happen, and puts restored random states in place."""
-        check_epoch(trainer, self.parts_per_rollout(trainer))
-        self.cutter = Cutter.of(self.micro_batches, trainer, pl_module)
+        check_epoch(trainer, self.micro_batches_per_rollout(trainer))
+        self.micro_batch_sizer = MicroBatchSizer.of(self.micro_batches, trainer, pl_module)
         print_plan(self, trainer)
         if self._restored is not None:
             self._metrics.num_tokens = self._restored["num_tokens"]
-            self._parts = restore(self._restored, trainer.global_rank, trainer.world_size)
+            self._micro_batches = restore(self._restored, trainer.global_rank, trainer.world_size)
             self._restored = None
         self._stopping.begin(trainer, self)
 
@@ -184,17 +184,17 @@ class RolloutCallback(Callback):
                 self._stopping.agree(trainer)
                 self._clock.begin_step()
                 if batch.part == 0:
-                    self._parts = self._roll(trainer, pl_module, batch)
+                    self._micro_batches = self._roll(trainer, pl_module, batch)
         first = batch.part - batch.part % trainer.accumulate_grad_batches
-        self.policy_check.parts = self._parts[first : batch.part + 1]
-        self.cutter.begin(self._parts[batch.part])
-        batch.rollout = self._parts[batch.part].to(pl_module.device)
+        self.policy_check.parts = self._micro_batches[first : batch.part + 1]
+        self.micro_batch_sizer.begin(self._micro_batches[batch.part])
+        batch.rollout = self._micro_batches[batch.part].to(pl_module.device)
         batch.samples = self._samples
         self._clock.begin_training()
 
     def on_after_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Sees how much memory the micro-batch needed."""
-        self.cutter.end()
+        self.micro_batch_sizer.end()
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -203,10 +203,10 @@ class RolloutCallback(Callback):
         ends_step = (batch.part + 1) % trainer.accumulate_grad_batches == 0
         self._clock.end_training(pl_module.device if ends_step else None)
         if ends_step:
-            log_numbers(pl_module, self._clock.end_step() | self.cutter.metrics())
+            log_numbers(pl_module, self._clock.end_step() | self.micro_batch_sizer.metrics())
         if batch.part + 1 == batch.parts:
             log_numbers(pl_module, self._clock.end_rollout(), shown=("tokens_per_second",))
-            self._parts = []
+            self._micro_batches = []
         if ends_step:
             self._stopping.note(trainer, self)
 
@@ -224,7 +224,7 @@ class RolloutCallback(Callback):
         self._samples = rollout.samples
         self.recorder.write(trainer, rollout)
         scoring = perf_counter()
-        parts, dropped = make_parts(rollout, collector, self, trainer, module)
+        parts, dropped = make_micro_batches(rollout, collector, self, trainer, module)
         seconds = {"score": perf_counter() - scoring, "rollout": perf_counter() - started}
         self._metrics.log(trainer, module, rollout, dropped, seconds)
         return parts * self.num_iterations
@@ -300,7 +300,7 @@ class RolloutCallback(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """Returns random states and the unused rest of the rollout, of every rank; plain types only."""
-        parts = gather([batch_state(p) for p in self._parts] if self._parts else None)
+        parts = gather([batch_state(p) for p in self._micro_batches] if self._micro_batches else None)
         own = {"num_tokens": self._metrics.num_tokens, "policy_check": self.policy_check.state_dict()}
         return {"random": gather(random_state()), "parts": parts, **own}
 

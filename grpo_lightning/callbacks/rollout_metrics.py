@@ -9,7 +9,7 @@ from grpo_lightning.callbacks.evaluation import note
 from grpo_lightning.callbacks.step_timing import Clock
 from grpo_lightning.errors import ConfigError
 from grpo_lightning.metrics.logging import log_numbers, over_ranks
-from grpo_lightning.metrics.reduce import extreme, mean_of
+from grpo_lightning.metrics.reduce import mean_of, reduced
 from grpo_lightning.rewards.suite import Scores
 from grpo_lightning.rollout.collector import Rollout
 
@@ -48,7 +48,7 @@ class RolloutMetrics:
             ConfigError: a reward function logs under a name that something else is logged under.
         """
         own = {f"time/{name}": mean_of([s]) for name, s in seconds.items()}
-        own["rollout/dropped_groups"] = extreme("sum", float(dropped))
+        own["rollout/dropped_groups"] = reduced("sum", float(dropped))
         metrics = over_ranks(rollout.stats | own)
         self._clock.add_rollout(metrics, metrics["num_tokens"])
         self.num_tokens += metrics["num_tokens"]

@@ -15,7 +15,7 @@ def plan(rollout: "RolloutCallback", trainer: pl.Trainer) -> dict[str, str]:
     completions = None if prompts is None else prompts * rollout.num_generations
     steps = rollout.updates_per_rollout * rollout.num_iterations
     k, w = trainer.accumulate_grad_batches, trainer.world_size
-    rollouts = int(trainer.num_training_batches) // rollout.parts_per_rollout(trainer)
+    rollouts = int(trainer.num_training_batches) // rollout.micro_batches_per_rollout(trainer)
     degree = (
         "on-policy: every step trains on fresh samples"
         if steps == 1

@@ -93,7 +93,7 @@ class Stopping:
             loops=loops,
             data={} if data is None else deepcopy(data.state_dict()),
             random=random_state(),
-            parts=rollout._parts,
+            parts=rollout._micro_batches,
             num_tokens=rollout._metrics.num_tokens,
             policy_check=rollout.policy_check.state_dict(),
         )
@@ -184,7 +184,7 @@ class Stopping:
         at = self._boundary
         if at is None or path is None:
             return None
-        rollout._parts, rollout._metrics.num_tokens = at.parts, at.num_tokens
+        rollout._micro_batches, rollout._metrics.num_tokens = at.parts, at.num_tokens
         rollout.policy_check.load_state_dict(at.policy_check)
         restore_random_state(at.random)
         checkpoint = trainer._checkpoint_connector.dump_checkpoint(weights_only=False)

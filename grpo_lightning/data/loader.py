@@ -22,7 +22,7 @@ VERSION = 1
 class DealsParts(Protocol):
     """A callback that needs each rollout's prompts more than once: once for every micro-batch made of it."""
 
-    def parts_per_rollout(self, trainer: Any) -> int: ...
+    def micro_batches_per_rollout(self, trainer: Any) -> int: ...
 
 
 def asked_of_dealer(trainer: Any, question: str, default: int) -> int:

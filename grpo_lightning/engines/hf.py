@@ -19,7 +19,7 @@ from grpo_lightning.types import Completion, SamplingParams
 from grpo_lightning.utils.signals import check, deferred
 
 
-class Way(NamedTuple):
+class DecodeMode(NamedTuple):
     """How a batch is decoded."""
 
     padded: bool
@@ -28,10 +28,10 @@ class Way(NamedTuple):
     """each step reads one token; without a cache it reads the whole row again"""
 
 
-WAYS = {
-    Way(padded=True, cached=True): "all prompts together",
-    Way(padded=False, cached=True): "prompts of one length at a time",
-    Way(padded=False, cached=False): "without a cache, which takes much longer",
+MODES = {
+    DecodeMode(padded=True, cached=True): "all prompts together",
+    DecodeMode(padded=False, cached=True): "prompts of one length at a time",
+    DecodeMode(padded=False, cached=False): "without a cache, which takes much longer",
 }
 """the fastest first; the first that gives the model's own log-probabilities is taken"""
 
@@ -54,7 +54,7 @@ class HFEngine:
         self.batch_size = batch_size
         self.policy_version = -1
         self._policy: Policy | None = None
-        self._way: Way | None = None
+        self._mode: DecodeMode | None = None
 
     def start(self, context: EngineContext) -> None:
         """Refuses what this engine cannot do."""
@@ -72,7 +72,7 @@ class HFEngine:
     def sync(self, policy: Policy, version: int) -> None:
         """Remembers the policy; there is no copy of the weights."""
         if policy is not self._policy:
-            self._way = None
+            self._mode = None
         self._policy, self.policy_version = policy, version
 
     def sleep(self) -> None:
@@ -91,8 +91,8 @@ class HFEngine:
         if self._policy is None:
             raise EngineError("HFEngine has no policy yet: call sync(policy, version) before generate")
         with deferred():  # left between two tokens, so that the policy is as it was
-            self._way = self._way or right_way(self._policy)
-            return _decoded(self._policy, requests, sampling, self._way, self.batch_size)
+            self._mode = self._mode or working_mode(self._policy)
+            return _decoded(self._policy, requests, sampling, self._mode, self.batch_size)
 
 
 def not_finite(model: Any) -> str:
@@ -104,7 +104,7 @@ def not_finite(model: Any) -> str:
     )
 
 
-def right_way(policy: Policy) -> Way:
+def working_mode(policy: Policy) -> DecodeMode:
     """Returns the fastest way of decoding that gives the log-probabilities of one row in one call.
 
     Raises:
@@ -117,13 +117,13 @@ def right_way(policy: Policy) -> Way:
         Request(prompt_ids=ids[lengths[0] :], seeds=[3, 4]),
     ]
     reasons = []
-    for way, name in WAYS.items():
-        reason = _why_wrong(policy, requests, way)
+    for mode, name in MODES.items():
+        reason = _why_wrong(policy, requests, mode)
         if reason is None:
             if reasons:
                 model = type(policy.causal).__name__
                 rank_zero_warn(f"HFEngine decodes {model} {name}: otherwise its decoding {reasons[-1]}")
-            return way
+            return mode
         reasons.append(reason)
     if _ruined(policy, ids):
         raise EngineError(not_finite(policy.causal))
@@ -139,9 +139,9 @@ def _ruined(policy: Policy, ids: list[int]) -> bool:
         return False
 
 
-def _why_wrong(policy: Policy, requests: Sequence[Request], way: Way) -> str | None:
+def _why_wrong(policy: Policy, requests: Sequence[Request], mode: DecodeMode) -> str | None:
     try:
-        out = _decoded(policy, requests, SamplingParams(max_tokens=6), way)
+        out = _decoded(policy, requests, SamplingParams(max_tokens=6), mode)
     except Exception as error:  # whatever a model of somebody else's raises
         return f"fails ({said(error)})"
     gaps = []
@@ -156,26 +156,30 @@ def _why_wrong(policy: Policy, requests: Sequence[Request], way: Way) -> str | N
 
 
 def _decoded(
-    policy: Policy, requests: Sequence[Request], sampling: SamplingParams, way: Way, limit: int | None = None
+    policy: Policy,
+    requests: Sequence[Request],
+    sampling: SamplingParams,
+    mode: DecodeMode,
+    limit: int | None = None,
 ) -> list[list[Completion]]:
     """Returns for each request one completion per seed, in order, of at most `limit` decoded together."""
     out: list[list[Completion]] = [[] for _ in requests]
     with policy.generating() as causal:
-        for places in _together(requests, way):
+        for places in _together(requests, mode):
             own = [requests[i] for i in places]
             pieces: list[list[Completion]] = []
             for chunk in _chunks(own, limit):
-                pieces.extend(_Decoder(causal, policy, chunk, sampling, way).run())
+                pieces.extend(_Decoder(causal, policy, chunk, sampling, mode).run())
             for i, group in zip(places, _regroup(pieces, own), strict=True):
                 out[i] = group
     return out
 
 
-def _together(requests: Sequence[Request], way: Way) -> Iterator[list[int]]:
+def _together(requests: Sequence[Request], mode: DecodeMode) -> Iterator[list[int]]:
     """Yields places of requests that may stand in one batch."""
     lengths: dict[int, list[int]] = {}
     for i, r in enumerate(requests):
-        lengths.setdefault(0 if way.padded else len(r.prompt_ids), []).append(i)
+        lengths.setdefault(0 if mode.padded else len(r.prompt_ids), []).append(i)
     yield from lengths.values()
 
 
@@ -205,11 +209,16 @@ class _Decoder:
     """One batch of completions on its way; rows are the completions that have not ended."""
 
     def __init__(
-        self, causal: Any, policy: Policy, requests: Sequence[Request], sampling: SamplingParams, way: Way
+        self,
+        causal: Any,
+        policy: Policy,
+        requests: Sequence[Request],
+        sampling: SamplingParams,
+        mode: DecodeMode,
     ) -> None:
         from transformers import DynamicCache
 
-        self.causal, self.sampling, self.requests, self.way = causal, sampling, requests, way
+        self.causal, self.sampling, self.requests, self.mode = causal, sampling, requests, mode
         self.eos = set(policy.eos_ids)
         self.device = causal.device
         self.seeds = [seed for r in requests for seed in r.seeds]
@@ -223,7 +232,7 @@ class _Decoder:
             device=self.device,
         )  # [R, L], what the model has read or reads next
         self.mask = torch.tensor([[0] * p + [1] * (width - p) for p in pads], device=self.device)
-        self.cache: Any = DynamicCache(config=causal.config) if way.cached else None
+        self.cache: Any = DynamicCache(config=causal.config) if mode.cached else None
         takes = inspect.signature(causal.forward).parameters
         self.cache_name = "cache_params" if "cache_params" in takes else "past_key_values"
         self.options: dict[str, Any] = {"logits_to_keep": 1} if "logits_to_keep" in takes else {}
@@ -272,10 +281,10 @@ class _Decoder:
 
     def _forward(self, new: int) -> Tensor:
         """Returns the logits [R, V] that follow the last of `new` unread tokens of each row."""
-        inputs: dict[str, Any] = {"input_ids": self.read, "use_cache": self.way.cached, **self.options}
-        if self.way.cached:
+        inputs: dict[str, Any] = {"input_ids": self.read, "use_cache": self.mode.cached, **self.options}
+        if self.mode.cached:
             inputs |= {"input_ids": self.read[:, -new:], self.cache_name: self.cache}
-        if self.way.padded:
+        if self.mode.padded:
             positions = (self.mask.cumsum(1) - 1).clamp(min=0)
             inputs |= {"attention_mask": self.mask, "position_ids": positions[:, -new:]}
         return self.causal(**inputs).logits[:, -1]

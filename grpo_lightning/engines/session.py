@@ -10,7 +10,7 @@ Ended = tuple[Request, list[Completion]]
 
 
 class Session(Protocol):
-    """One rollout's decoding. Engines that decode in one call need none: `Rounds` stands in."""
+    """One rollout's decoding. Engines that decode in one call need none: `BatchedSession` stands in."""
 
     @property
     def busy(self) -> bool:
@@ -30,7 +30,7 @@ class Session(Protocol):
         ...
 
 
-class Rounds:
+class BatchedSession:
     """A session over any engine: each step decodes, in one call, what has been added since the last."""
 
     def __init__(self, engine: RolloutEngine, sampling: SamplingParams) -> None:
@@ -59,4 +59,4 @@ class Rounds:
 def open_session(engine: RolloutEngine, sampling: SamplingParams) -> Session:
     """Returns the engine's own session where it has one (a method `session`), else rounds."""
     own = getattr(engine, "session", None)
-    return Rounds(engine, sampling) if own is None else own(sampling)
+    return BatchedSession(engine, sampling) if own is None else own(sampling)

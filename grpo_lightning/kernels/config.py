@@ -1,8 +1,8 @@
 """Which kernels run, and a loaded model prepared for them.
 
 Modules are exchanged by the table in `patching.py`: each becomes an instance of a subclass of its own class,
-so that saving, switching off and merging stay peft's. Decoder layers are compiled. `Prepared.plain` runs the
-model as it was.
+so that saving, switching off and merging stay peft's. Decoder layers are compiled. `PatchedModel.plain` runs
+the model as it was.
 """
 
 import os
@@ -16,8 +16,8 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
 from grpo_lightning.errors import ConfigError, choices, hinted
-from grpo_lightning.kernels.patching import Exchange
-from grpo_lightning.packing.geometry import Outline
+from grpo_lightning.kernels.patching import ModulePatcher
+from grpo_lightning.packing.geometry import SequenceLayout
 
 CHOICES = ("auto", "on", "off")
 AUTO = {
@@ -101,13 +101,13 @@ class KernelConfig:
             for key, on in AUTO.items()
         }
 
-    def shares(self, shape: Outline, segments: bool) -> bool:
+    def shares(self, shape: SequenceLayout, segments: bool) -> bool:
         """Returns whether prompts stand once for their group in a forward of `shape`."""
         worth = not segments or shape.sharing >= WORTH_SHARING
         return worth if self.shared_prompts == "auto" else self.shared_prompts == "on"
 
 
-class Prepared:
+class PatchedModel:
     """A model whose layers have been exchanged as `chosen` says.
 
     Args:
@@ -125,7 +125,7 @@ class Prepared:
         autocast: bool = False,
     ) -> None:
         self.chosen = chosen or dict.fromkeys(AUTO, False)
-        self._exchange = Exchange(model, self.chosen, autocast)
+        self._exchange = ModulePatcher(model, self.chosen, autocast)
         layers: Any = getattr(decoder, "layers", [])
         self._compiled: list[nn.Module] = list(layers) if self.chosen["compile"] else []
         if self.chosen["compile"] and not self._compiled:

@@ -157,7 +157,7 @@ def _segments(layout: PackedLayout) -> SharedPrompts:
 def _ends(layout: PackedLayout) -> tuple[Tensor, ...]:
     """Returns what of a layout differs between batches of one shape."""
     s = _segments(layout)
-    return s.alone.query, s.towards.query, s.towards.key
+    return s.self_attention.query, s.prefix_attention.query, s.prefix_attention.key
 
 
 class _Captured:
@@ -177,8 +177,8 @@ class _Captured:
         segments = _segments(layout)
         segments = replace(
             segments,
-            alone=segments.alone._replace(query=alone, key=alone),
-            towards=segments.towards._replace(query=query, key=key),
+            alone=segments.self_attention._replace(query=alone, key=alone),
+            towards=segments.prefix_attention._replace(query=query, key=key),
         )
         # without bounds, nothing can go group by group by what only this batch's host knows
         layout = replace(layout, bounds=None, shared=segments)

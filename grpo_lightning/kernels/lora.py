@@ -88,7 +88,7 @@ def fused(stock: type[Any]) -> type:
 
 @cache
 def sharing(stock: type[Any]) -> type:
-    """Returns `stock` with a forward that asks its `Siblings` first."""
+    """Returns `stock` with a forward that asks its `SharedInputGroup` first."""
 
     def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         y = self.siblings.take(self, x) if not args and not kwargs else None
@@ -97,7 +97,7 @@ def sharing(stock: type[Any]) -> type:
     return type(f"Sharing{stock.__name__}", (stock,), {"forward": forward})
 
 
-class Siblings:
+class SharedInputGroup:
     """Layers that are called one after another with the same x: the first call computes them all.
 
     Where the bases are plain, their weights move into one memory, so that their products are one.

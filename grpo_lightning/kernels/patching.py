@@ -1,4 +1,4 @@
-"""Which modules of a model are exchanged for faster ones, and how: one row of `SWAPS` each.
+"""Which modules of a model are exchanged for faster ones, and how: one row of `PATCH_RULES` each.
 
 An exchanged module becomes an instance of a subclass of its own class. Names, weights and hooks stay, and the
 stock forward is one call away for whatever the fast one does not cover. Modules are recognised by structure,
@@ -15,12 +15,12 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
-from grpo_lightning.kernels.lora import Siblings, fused, is_lora, sharing, why_not_fused
+from grpo_lightning.kernels.lora import SharedInputGroup, fused, is_lora, sharing, why_not_fused
 from grpo_lightning.kernels.rotary_attention import is_rotary_attention, one_kernel_rotary
 from grpo_lightning.ops.swiglu import swiglu
 
 
-class Swap(NamedTuple):
+class PatchRule(NamedTuple):
     """One kind of modules that a flag of `KernelConfig` exchanges."""
 
     flag: str
@@ -168,17 +168,17 @@ def _computes_in(module: Any) -> torch.dtype:
     return (types or [torch.float32])[0]
 
 
-SWAPS = (  # in this order, each over what the rows above have made
-    Swap("lora", _itself(is_lora), why_not_fused, fused),
-    Swap("qkv", _adapted("q_proj", "k_proj", "v_proj"), why_not_fused, sharing, Siblings),
-    Swap("swiglu", _adapted("gate_proj", "up_proj"), why_not_fused, sharing, Siblings),
-    Swap(
+PATCH_RULES = (  # in this order, each over what the rows above have made
+    PatchRule("lora", _itself(is_lora), why_not_fused, fused),
+    PatchRule("qkv", _adapted("q_proj", "k_proj", "v_proj"), why_not_fused, sharing, SharedInputGroup),
+    PatchRule("swiglu", _adapted("gate_proj", "up_proj"), why_not_fused, sharing, SharedInputGroup),
+    PatchRule(
         "swiglu",
         _itself(_is_swiglu),
         _other_results(swiglu_mlp, _of_rows(lambda mlp: mlp.gate_proj.in_features)),
         swiglu_mlp,
     ),
-    Swap(
+    PatchRule(
         "norm",
         _itself(_is_rms_norm),
         _other_results(one_kernel_norm, _of_rows(lambda norm: len(norm.weight))),
@@ -186,7 +186,7 @@ SWAPS = (  # in this order, each over what the rows above have made
     ),
     # transformers calls a function for rotary embeddings, and nothing of it is patched in place: what is
     # exchanged is the attention module around the call.
-    Swap(
+    PatchRule(
         "rotary",
         _itself(is_rotary_attention),
         _other_results(one_kernel_rotary, _of_packed_rows),
@@ -195,7 +195,7 @@ SWAPS = (  # in this order, each over what the rows above have made
 )
 
 
-class Exchange:
+class ModulePatcher:
     """The modules of a model that are exchanged, and how they come back.
 
     Args:
@@ -207,15 +207,15 @@ class Exchange:
     def __init__(self, model: nn.Module, chosen: dict[str, bool], autocast: bool) -> None:
         self._stock: dict[nn.Module, type] = {}
         self._fast: dict[nn.Module, type] = {}
-        reasons: dict[str, list[str | None]] = {s.flag: [] for s in SWAPS if chosen[s.flag]}
-        for swap in SWAPS:
+        reasons: dict[str, list[str | None]] = {s.flag: [] for s in PATCH_RULES if chosen[s.flag]}
+        for swap in PATCH_RULES:
             for module in list(model.modules()) if chosen[swap.flag] else []:
                 reasons[swap.flag] += self._plan(swap, swap.find(module), autocast)
         for flag, found in reasons.items():
             self._say_what_stays(flag, found)
         self.swap()
 
-    def _plan(self, swap: Swap, together: list[nn.Module], autocast: bool) -> list[str | None]:
+    def _plan(self, swap: PatchRule, together: list[nn.Module], autocast: bool) -> list[str | None]:
         """Notes what `together` becomes; returns for each of them why it stays, or None."""
         reasons = [swap.stays(m, autocast) for m in together]
         fits = [m for m, reason in zip(together, reasons, strict=True) if reason is None]

@@ -153,7 +153,7 @@ class LossConfig:
         return RECIPES[self.name]
 
     @property
-    def objective(self) -> Surrogate:
+    def surrogate_row(self) -> Surrogate:
         """The row of `SURROGATES`."""
         return SURROGATES[str(self.resolve().surrogate)]
 
@@ -172,10 +172,10 @@ class LossConfig:
         return self.dppo_low, self.dppo_high
 
     @property
-    def dead_groups_are_still(self) -> bool:
+    def zero_variance_groups_have_no_gradient(self) -> bool:
         """Whether a group whose advantages are all 0 has a gradient of exactly 0, there or not."""
         alone = self.kl_loss_coef == 0 and not self.has_entropy_bonus
-        return self.objective.still_at_zero and alone and self.split_invariant
+        return self.surrogate_row.still_at_zero and alone and self.split_invariant
 
     @property
     def split_invariant(self) -> bool:
@@ -195,7 +195,7 @@ class LossConfig:
     @property
     def needs_old_pass(self) -> bool:
         """Whether something is chosen from the old policy's numbers of the whole window."""
-        return self.objective.needs_old or self.top_entropy_quantile < 1
+        return self.surrogate_row.needs_old or self.top_entropy_quantile < 1
 
     def cautions(self) -> list[str]:
         """Returns what is allowed but seldom meant, a sentence each."""
@@ -213,7 +213,7 @@ class LossConfig:
                 "completions more; GSPO takes sequence_mean",
             ),
             (
-                self.ratio_level == "sequence_token" and self.objective.meant_per_token,
+                self.ratio_level == "sequence_token" and self.surrogate_row.meant_per_token,
                 f"model.loss.ratio_level 'sequence_token' is not what {self.surrogate!r} was published with; "
                 "token is",
             ),
@@ -231,7 +231,7 @@ class LossConfig:
             if (value := getattr(self, key)) not in table:
                 raise ConfigError(f"model.loss.{key} is {choices(value, table)}")
         check_numbers("model.loss", self, self._bounds(), may_be_infinite=LIMITS)
-        if self.ratio_level not in (levels := self.objective.levels):
+        if self.ratio_level not in (levels := self.surrogate_row.levels):
             raise ConfigError(
                 f"model.loss.ratio_level is {choices(self.ratio_level, levels)} for {self.surrogate!r}"
             )
@@ -240,7 +240,7 @@ class LossConfig:
         low, high = self.clip_range
         k1_alone = KL_ESTIMATORS[str(self.kl_estimator)].needs_correction and not self.kl_bias_correction
         above = f"null or above 1 + clip_high = {1 + high:g}, or it would also cut positive advantages"
-        whole = self.objective.whole_groups
+        whole = self.surrogate_row.whole_groups
         weights = self.correction
         weighted = weights.active and weights != CorrectionConfig()
         masked = weighted or self.off_policy_threshold is not None or self.top_entropy_quantile < 1
@@ -281,11 +281,12 @@ class LossConfig:
             ),
             (
                 "correction",
-                not (self.objective.folds_correction and weights.active) or LEVELS[weights.level].per_token,
+                not (self.surrogate_row.folds_correction and weights.active)
+                or LEVELS[weights.level].per_token,
                 f"of level token: {self.surrogate} takes it into the weight of the whole completion itself",
             ),
             *(
                 (key, (getattr(self, key) or 0) > 0, f"given, > 0, for {self.surrogate}")
-                for key in self.objective.required
+                for key in self.surrogate_row.required
             ),
         ]

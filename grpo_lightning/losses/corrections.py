@@ -13,7 +13,7 @@ from torch import Tensor
 from grpo_lightning.errors import ConfigError, choices, hinted
 from grpo_lightning.losses.completion_sums import Segments
 from grpo_lightning.losses.ratios import MAX_LOG_RATIO
-from grpo_lightning.metrics.reduce import Stat, effective_share, extreme
+from grpo_lightning.metrics.reduce import Stat, effective_share, reduced
 from grpo_lightning.packing.batch import RolloutBatch
 from grpo_lightning.utils.ranges import check_numbers
 
@@ -153,10 +153,10 @@ def correction_weights(
         stats[f"{name}/mean"] = (
             segments.token_mean(c) if by_token else segments.completion_mean(segments.mean(c), present)
         )
-        stats[f"{name}/min"] = extreme("min", each.min())
-        stats[f"{name}/max"] = extreme("max", each.max())
+        stats[f"{name}/min"] = reduced("min", each.min())
+        stats[f"{name}/max"] = reduced("max", each.max())
     if known.any():
-        stats["sampling/sampling_logp_difference/max"] = extreme("max", gap[known].abs().max())
+        stats["sampling/sampling_logp_difference/max"] = reduced("max", gap[known].abs().max())
     return c, stats
 
 

@@ -12,8 +12,8 @@ from grpo_lightning.losses.config import LossConfig
 from grpo_lightning.losses.corrections import correction_weights, off_policy_keep
 from grpo_lightning.losses.kl import KL_ESTIMATORS
 from grpo_lightning.losses.ratios import MAX_LOG_RATIO, RATIO_LEVELS
-from grpo_lightning.losses.surrogate_metrics import clip_stats, objective_stats
-from grpo_lightning.metrics.reduce import Stat, extreme
+from grpo_lightning.losses.surrogate_metrics import clip_stats, surrogate_stats
+from grpo_lightning.metrics.reduce import Stat, reduced
 from grpo_lightning.packing.batch import RolloutBatch
 
 
@@ -88,24 +88,24 @@ def policy_loss(
         "segments": segments,
         "config": config,
     }
-    if config.objective.needs_old and batch.selected is None:
+    if config.surrogate_row.needs_old and batch.selected is None:
         raise ValueError(f"{config.surrogate} needs the window's selection, made from old log-probabilities")
-    objective = config.objective(**inputs)
-    if config.objective.whole_groups:
+    objective = config.surrogate_row(**inputs)
+    if config.surrogate_row.whole_groups:
         loss = objective / max(batch.totals.groups, 1)
     else:
         keep, kept = _keep(logprobs, old, batch, segments, config)
         stats |= kept
-        factor = keep if config.objective.folds_correction or bypass else keep * correction
+        factor = keep if config.surrogate_row.folds_correction or bypass else keep * correction
         loss = (weights * factor * objective).sum()
     stats |= clip_stats(ratio.detach(), advantages, segments, config)
-    stats |= objective_stats(inputs, segments, config)
+    stats |= surrogate_stats(inputs, segments, config)
     if config.kl_coef and (kl := _kl(logprobs, batch, config, ratio)) is not None:
         stats["kl"] = segments.token_mean(kl)
         if config.kl_in == "loss":
             loss = loss + kl_coef * (weights * kl).sum()
     loss, more = _with_entropy(loss, entropy, entropy_coef, batch, segments)
-    return LossOutput(loss, stats | more | {"loss": extreme("sum", loss)})
+    return LossOutput(loss, stats | more | {"loss": reduced("sum", loss)})
 
 
 def _old(logprobs: Tensor, batch: RolloutBatch, config: LossConfig) -> tuple[Tensor, bool]:
@@ -155,5 +155,5 @@ def _with_entropy(
         return loss, stats
     kept = entropy if batch.entropy_keep is None else entropy * batch.entropy_keep.to(entropy.dtype)
     count = batch.totals.tokens if batch.entropy_keep is None else batch.totals.entropy_tokens
-    stats["policy_loss"] = extreme("sum", loss)
+    stats["policy_loss"] = reduced("sum", loss)
     return loss - coefficient * kept.sum() / max(count, 1), stats

@@ -13,7 +13,7 @@ class Recipe:
     aggregation: str
     advantage: str = "group_norm"
     defaults: Mapping[str, float | str] = field(default_factory=dict[str, float | str])
-    drops_dead_groups: bool = False
+    drops_zero_variance_groups: bool = False
     """groups without variance leave the rollout before anything is counted"""
     paper: str = ""
     note: str = ""
@@ -86,7 +86,7 @@ RECIPES: dict[str, Recipe] = {
         surrogate="cispo",
         aggregation="prompt_mean",
         advantage="batch_norm",
-        drops_dead_groups=True,
+        drops_zero_variance_groups=True,
         paper="2510.13786",
         note="cispo with every prompt weighing the same",
         differs="loss, advantage and the dropping of groups; nothing of its pipeline",

@@ -8,7 +8,7 @@ from torch import Tensor
 from grpo_lightning.losses.completion_sums import Segments
 from grpo_lightning.losses.config import LossConfig
 from grpo_lightning.losses.surrogates import DPPO_KEEP, vespo_phi
-from grpo_lightning.metrics.reduce import Stat, extreme
+from grpo_lightning.metrics.reduce import Stat, reduced
 
 
 def clip_stats(ratio: Tensor, advantages: Tensor, segments: Segments, config: LossConfig) -> dict[str, Stat]:
@@ -20,8 +20,8 @@ def clip_stats(ratio: Tensor, advantages: Tensor, segments: Segments, config: Lo
     shares = {"low": low, "high": high, "region": low + high}
     stats = {f"clip_ratio/{name}_mean": _share(x, segments, config) for name, x in shares.items()}
     if ratio.numel():
-        stats["clip_ratio/low_min"] = extreme("min", segments.mean(low)[present].min())
-        stats["clip_ratio/high_max"] = extreme("max", segments.mean(high)[present].max())
+        stats["clip_ratio/low_min"] = reduced("min", segments.mean(low)[present].min())
+        stats["clip_ratio/high_max"] = reduced("max", segments.mean(high)[present].max())
     return stats
 
 
@@ -61,7 +61,7 @@ _OF_SURROGATE = {
 }
 
 
-def objective_stats(inputs: Mapping[str, Any], segments: Segments, config: LossConfig) -> dict[str, Stat]:
+def surrogate_stats(inputs: Mapping[str, Any], segments: Segments, config: LossConfig) -> dict[str, Stat]:
     """Returns what only this surrogate has to report."""
     report = _OF_SURROGATE.get(str(config.surrogate))
     return {} if report is None else report(inputs, segments, config)

@@ -39,10 +39,10 @@ def choose_tokens(
     sizes = [len(p.target_ids) for p in parts]
     fields: dict[str, Tensor] = {}
     totals = parts[0].totals
-    if config.objective.needs_old:
+    if config.surrogate_row.needs_old:
         fields["selected"] = _select(parts, config, seed + parts[0].policy_version, gather, rank)
     if config.top_entropy_quantile < 1:
-        entropies = torch.cat([given(p.old_entropies) for p in parts])
+        entropies = torch.cat([require(p.old_entropies) for p in parts])
         everything = torch.cat(gather(entropies))
         keep = entropies >= quantile(everything, 1 - config.top_entropy_quantile) - ROUNDING
         totals = replace(totals, entropy_tokens=sum(gather(int(keep.sum()))))
@@ -56,10 +56,10 @@ def choose_tokens(
 
 def reference_gap(batch: RolloutBatch) -> Tensor:
     """Returns the sum over each completion [S] of old minus reference log-probability, in nats (k1)."""
-    return Segments.of(batch).sum(given(batch.old_logprobs) - given(batch.ref_logprobs))
+    return Segments.of(batch).sum(require(batch.old_logprobs) - require(batch.ref_logprobs))
 
 
-def given(x: Tensor | None) -> Tensor:
+def require(x: Tensor | None) -> Tensor:
     """Returns `x`, which the pass without gradient has to have left."""
     if x is None:
         raise ValueError("the window was not scored by the old policy")
@@ -71,13 +71,13 @@ def _select(
 ) -> Tensor:
     """Returns the tokens [N] of this rank that clip_cov or kl_cov selects, by covariance of A and l_old."""
     advantages = torch.cat([p.advantages[p.sequence_ids] for p in parts]).double()
-    old = torch.cat([given(p.old_logprobs) for p in parts]).double()
+    old = torch.cat([require(p.old_logprobs) for p in parts]).double()
     sums = torch.stack([advantages.sum(), old.sum(), torch.tensor(float(len(old)), dtype=torch.float64)])
     counts = gather(sums)
     mean_a, mean_l, total = torch.stack(counts).sum(0)
     covariance = (advantages - mean_a / total.clamp(min=1)) * (old - mean_l / total.clamp(min=1))
     count = max(1, int(config.cov_frac * int(total)))
-    if not config.objective.picks_at_random:
+    if not config.surrogate_row.picks_at_random:
         return _largest((covariance / ROUNDING).round(), count, gather, rank)
     before = int(sum(float(c[2]) for c in counts[:rank]))
     order = -hashed(torch.arange(before, before + len(old)), seed)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from grpo_lightning.errors import GRPOError
-from grpo_lightning.metrics.reduce import Stat, combine, extreme, mean, mean_of, spread_of, values
+from grpo_lightning.metrics.reduce import Stat, combine, mean, mean_of, reduced, std_stat, values
 from grpo_lightning.types import Completion
 
 
@@ -135,13 +135,13 @@ def length_stats(groups: Sequence[Sequence[Completion]], prompt_tokens: int) -> 
         "completions/mean_length": mean_of(lengths),
         "completions/clipped_ratio": mean_of([c.finish_reason == "length" for c in flat]),
         "completions/mean_terminated_length": mean_of(ended),
-        "num_tokens": extreme("sum", float(sum(lengths) + prompt_tokens)),
+        "num_tokens": reduced("sum", float(sum(lengths) + prompt_tokens)),
     }
     kinds: tuple[tuple[str, Sequence[int]], ...] = (("", lengths), ("terminated_", ended))
     for prefix, known in kinds:
         if known:
-            stats[f"completions/min_{prefix}length"] = extreme("min", float(min(known)))
-            stats[f"completions/max_{prefix}length"] = extreme("max", float(max(known)))
+            stats[f"completions/min_{prefix}length"] = reduced("min", float(min(known)))
+            stats[f"completions/max_{prefix}length"] = reduced("max", float(max(known)))
     return stats
 
 
@@ -164,7 +164,7 @@ def reward_stats(
     for k, name in enumerate(names):
         known = by_function[:, k][~by_function[:, k].isnan()]
         stats[f"rewards/{name}/mean"] = mean(known.sum(), known.numel())
-        stats[f"rewards/{name}/std"] = spread_of(known)
+        stats[f"rewards/{name}/std"] = std_stat(known)
     known = total[~total.isnan()]
     stats["reward"] = mean(known.sum(), known.numel())
     spreads = [total[(group_ids == g) & ~total.isnan()] for g in range(num_groups)]

@@ -29,7 +29,7 @@ def mean_of(values: Iterable[float]) -> Stat:
     return mean(float(sum(known)), float(len(known)))
 
 
-def spread_of(values: Tensor) -> Stat:
+def std_stat(values: Tensor) -> Stat:
     """Returns the standard deviation over `values`, as a part; one degree of freedom less."""
     x = values.detach().double()
     return Stat("std", torch.stack([x.sum(), (x * x).sum()]), _number(float(x.numel())))
@@ -70,7 +70,7 @@ def _ratio_error(v: Tensor, n: Tensor) -> Tensor:
     return (v[2] - 2 * k * v[3] + k**2 * v[4]).clamp(min=0).mul(n / (n - 1)).sqrt() / v[1]
 
 
-def extreme(kind: Literal["sum", "min", "max"], value: Tensor | float) -> Stat:
+def reduced(kind: Literal["sum", "min", "max"], value: Tensor | float) -> Stat:
     """Returns a sum, minimum or maximum, as a part."""
     return Stat(kind, _number(value), _number(1.0))
 

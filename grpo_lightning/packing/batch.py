@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from grpo_lightning.packing.geometry import (
-    Outline,
     RowStarts,
+    SequenceLayout,
     geometry,
     interleaved,
     members_of,
@@ -161,19 +161,19 @@ class RolloutBatch:
         )
 
     @property
-    def outline(self) -> Outline:
+    def sequence_layout(self) -> SequenceLayout:
         """The lengths alone."""
-        return Outline(self.prompt_lengths, self.lengths, self.host_groups)
+        return SequenceLayout(self.prompt_lengths, self.lengths, self.host_groups)
 
     @property
     def num_tokens(self) -> int:
         """T: rows that go through the model."""
-        return self.outline.num_tokens
+        return self.sequence_layout.num_tokens
 
     @property
     def sharing(self) -> float:
         """How many times the rows of T there would be with a copy of its prompt before every completion."""
-        return self.outline.sharing
+        return self.sequence_layout.sharing
 
     def row_starts(self) -> RowStarts:
         """Returns the first row of T of each prompt and of each completion."""
@@ -223,7 +223,7 @@ class RolloutBatch:
 
     def split(self, m: int, *, whole_groups: bool = False) -> list["RolloutBatch"]:
         """Returns exactly `m` micro-batches, the heaviest as light as can be; some may be empty."""
-        return [self.take(part) for part in self.outline.split(m, whole_groups=whole_groups)]
+        return [self.take(part) for part in self.sequence_layout.split(m, whole_groups=whole_groups)]
 
     def windows(self, u: int) -> list["RolloutBatch"]:
         """Returns `u` windows of whole groups, each with the counts of this rank."""
@@ -250,7 +250,7 @@ class RolloutBatch:
 
         The [N] axis stays as it is. Every completion is a group of its own then, so no loss may see it.
         """
-        starts, alone = self.row_starts(), self.outline.unshared()
+        starts, alone = self.row_starts(), self.sequence_layout.unshared()
         rows: list[int] = []
         for s, (g, p, n) in enumerate(zip(self.host_groups, alone.prompt_lengths, self.lengths, strict=True)):
             rows.extend(range(starts.prompts[g], starts.prompts[g] + p))
@@ -266,7 +266,7 @@ class RolloutBatch:
             **{k: v.to(device) for k, v in geometry(prompts, self.lengths, groups).items()},
         )
 
-    def few(self) -> "RolloutBatch":
+    def spot_check_subset(self) -> "RolloutBatch":
         """Returns the first two completions with tokens of the first and of the last group that has some."""
         groups: dict[int, list[int]] = {}
         for s, (g, n) in enumerate(zip(self.host_groups, self.lengths, strict=True)):
@@ -295,7 +295,7 @@ class RolloutBatch:
         whole = None if known is None else known + log_kept.to(known.dtype)
         return replace(self, sampler_logprobs=whole, truncation=None)
 
-    def dead_groups(self) -> set[int]:
+    def zero_variance_groups(self) -> set[int]:
         """Returns the groups whose advantages are all 0."""
         alive = {g for g, a in zip(self.host_groups, self.advantages.tolist(), strict=True) if a != 0}
         return set(range(len(self.prompt_lengths))) - alive

@@ -16,7 +16,7 @@ class RowStarts:
 
 
 @dataclass(frozen=True, slots=True)
-class Outline:
+class SequenceLayout:
     """How long the prompts and completions of a packed batch are, and which belong together."""
 
     prompt_lengths: tuple[int, ...]  # P
@@ -41,11 +41,11 @@ class Outline:
         """How many times the rows of T there would be with a copy of its prompt before every completion."""
         return self.unshared().num_tokens / max(self.num_tokens, 1)
 
-    def take(self, sequences: Sequence[int]) -> "Outline":
+    def take(self, sequences: Sequence[int]) -> "SequenceLayout":
         """Returns the completions `sequences` (sorted) and their prompts."""
         groups = sorted({self.host_groups[s] for s in sequences})
         place = {g: i for i, g in enumerate(groups)}
-        return Outline(
+        return SequenceLayout(
             tuple(self.prompt_lengths[g] for g in groups),
             tuple(self.lengths[s] for s in sequences),
             tuple(place[self.host_groups[s]] for s in sequences),
@@ -59,12 +59,12 @@ class Outline:
         units = runs(self.host_groups) if whole_groups else [[s] for s in range(len(self.lengths))]
         return balance(units, self.host_groups, self.lengths, self.prompt_lengths, m)
 
-    def unshared(self) -> "Outline":
-        """Returns the outline with a copy of its prompt before every completion that has tokens."""
+    def unshared(self) -> "SequenceLayout":
+        """Returns the sequence_layout with a copy of its prompt before every completion that has tokens."""
         prompts = [
             self.prompt_lengths[g] if n else 0 for g, n in zip(self.host_groups, self.lengths, strict=True)
         ]
-        return Outline(tuple(prompts), self.lengths, tuple(range(len(self.lengths))))
+        return SequenceLayout(tuple(prompts), self.lengths, tuple(range(len(self.lengths))))
 
 
 def row_starts(prompt_lengths: Sequence[int], lengths: Sequence[int], groups: Sequence[int]) -> RowStarts:

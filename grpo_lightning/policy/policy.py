@@ -11,13 +11,13 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from grpo_lightning.errors import ConfigError
-from grpo_lightning.kernels.config import KernelConfig, Prepared
+from grpo_lightning.kernels.config import KernelConfig, PatchedModel
 from grpo_lightning.kernels.cuda_graphs import Graphs, make_graphs
 from grpo_lightning.ops import fused_linear_logprobs
 from grpo_lightning.ops.lm_head.truncation import kept_logmass
 from grpo_lightning.ops.zero_grad import tied
 from grpo_lightning.packing.batch import RolloutBatch
-from grpo_lightning.packing.geometry import Outline
+from grpo_lightning.packing.geometry import SequenceLayout
 from grpo_lightning.policy.dropout import Rates, dropout_rates
 from grpo_lightning.policy.dynamic_rope import fix_rope, rope_limit, too_long
 from grpo_lightning.policy.forward import (
@@ -80,7 +80,7 @@ class Policy(nn.Module):
         self.rates: Rates = []
         """what dropout the model was loaded with, where it is switched off"""
         self.kernels = KernelConfig()
-        self.prepared = Prepared(causal, self.decoder)
+        self.prepared = PatchedModel(causal, self.decoder)
         self.graphs: Graphs | None = None
 
     def prepare(self, kernels: KernelConfig, device: torch.device) -> None:
@@ -89,7 +89,7 @@ class Policy(nn.Module):
         self.kernels = kernels
         with self.precision():
             autocast = torch.is_autocast_enabled(device.type)
-        self.prepared = Prepared(self.model, self.decoder, kernels.chosen(device), autocast)
+        self.prepared = PatchedModel(self.model, self.decoder, kernels.chosen(device), autocast)
         if self.padded_reason is None and self.prepared.chosen["compile"]:
             register_packed_attention(compiled_layers=True)
         self.graphs = make_graphs(self, autocast) if self.prepared.chosen["graphs"] else None
@@ -179,17 +179,17 @@ class Policy(nn.Module):
         if not len(batch.target_ids):
             return self._nothing()
         if self.rope_limit is not None:
-            longest = max(batch.outline.unshared().group_rows)
+            longest = max(batch.sequence_layout.unshared().group_rows)
             if longest > self.rope_limit:
                 raise ConfigError(too_long(self.causal, longest))
         if self.padded_reason is None:
             segments = self.prepared.chosen["attention"]
-            shared = batch if self.kernels.shares(batch.outline, segments) else batch.unshared()
+            shared = batch if self.kernels.shares(batch.sequence_layout, segments) else batch.unshared()
             replayed = self.graphs if torch.is_grad_enabled() and self.prepared.chosen["graphs"] else None
             return packed_hidden(self.decoder, shared, segments=segments, graphs=replayed)
         return padded_hidden(self.decoder, batch, self.pad_id)
 
-    def sizes(self, shape: Outline) -> tuple[int, int, int]:
+    def sizes(self, shape: SequenceLayout) -> tuple[int, int, int]:
         """Returns what the memory of a micro-batch grows with: rows run, tokens trained, pairs in masks."""
         shared = self.padded_reason is None and self.kernels.shares(shape, self.prepared.chosen["attention"])
         laid = shape if shared else shape.unshared()

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from grpo_lightning.errors import ConfigError, GRPOError
 from grpo_lightning.losses.completion_sums import Segments
-from grpo_lightning.losses.token_selection import given
+from grpo_lightning.losses.token_selection import require
 from grpo_lightning.metrics.logging import over_ranks
-from grpo_lightning.metrics.reduce import Stat, extreme, mean, ratio
+from grpo_lightning.metrics.reduce import Stat, mean, ratio, reduced
 from grpo_lightning.packing.batch import RolloutBatch
 from grpo_lightning.policy.finite_checks import BAD_LOGPROBS
 from grpo_lightning.policy.forward import padded_hidden
@@ -38,12 +38,12 @@ def first_step_distance(policy: Policy, rollout: RolloutBatch) -> dict[str, floa
     Raises:
         GRPOError: a distance is more than rounding explains.
     """
-    few, stats = rollout.few(), {}
+    few, stats = rollout.spot_check_subset(), {}
     if few.lengths:
         stats = _distance("check/logprob_distance", logprob_distance(policy, few))
         pair = rollout.shortest_pair()
-        if not policy.drops_out and pair.outline.unshared().num_tokens <= GRADIENT_ROWS:
-            stats["check/gradient_distance"] = extreme("max", gradient_distance(policy, pair))
+        if not policy.drops_out and pair.sequence_layout.unshared().num_tokens <= GRADIENT_ROWS:
+            stats["check/gradient_distance"] = reduced("max", gradient_distance(policy, pair))
     found = over_ranks(stats)  # all ranks together: if one stops, all do
     if not found and not stats:
         return {}
@@ -166,13 +166,13 @@ def rollout_stats(rollout: RolloutBatch, logprobs: Tensor, gap: Tensor | None, l
     """
     stats = {
         "rollout/policy_lag": mean(float(lag), 1.0),
-        "rollout/window_tokens": extreme("max", float(rollout.totals.tokens)),
-        "rollout/loss_tokens": extreme("sum", float(sum(rollout.lengths))),
-        BAD_LOGPROBS: extreme("sum", (~logprobs.isfinite()).sum()),
+        "rollout/window_tokens": reduced("max", float(rollout.totals.tokens)),
+        "rollout/loss_tokens": reduced("sum", float(sum(rollout.lengths))),
+        BAD_LOGPROBS: reduced("sum", (~logprobs.isfinite()).sum()),
     }
     if lag == 0 and rollout.old_logprobs is not None and len(logprobs):
         error = ((logprobs - rollout.old_logprobs).exp() - 1).abs().max()
-        stats["ratio/first_pass_max_error"] = extreme("max", error)
+        stats["ratio/first_pass_max_error"] = reduced("max", error)
     return stats if gap is None else stats | engine_distance(rollout, gap)
 
 
@@ -193,7 +193,7 @@ def engine_distance(rollout: RolloutBatch, gap: Tensor) -> dict[str, Stat]:
     kl, error = ratio(segments.sum(k3(apart)), segments.sum(known.double()), rollout.sample_weights)
     return {
         "sampling/parity_mean": segments.token_mean(apart.abs(), known),
-        "sampling/parity_max": extreme("max", torch.where(known, gap.abs(), -torch.inf).max()),
+        "sampling/parity_max": reduced("max", torch.where(known, gap.abs(), -torch.inf).max()),
         "sampling/kl_engine_trainer": kl,
         "sampling/kl_engine_trainer_error": error,
     }
@@ -217,7 +217,7 @@ def check_totals(metrics: Mapping[str, float], step: int) -> None:
 
 
 def _distance(name: str, gap: Tensor) -> dict[str, Stat]:
-    return {f"{name}_mean": mean(gap.sum(), len(gap)), f"{name}_max": extreme("max", gap.max())}
+    return {f"{name}_mean": mean(gap.sum(), len(gap)), f"{name}_max": reduced("max", gap.max())}
 
 
 class Distances(NamedTuple):
@@ -266,7 +266,7 @@ def _pieces(batch: RolloutBatch, gap: Tensor | None) -> Iterator[tuple[RolloutBa
 
 def _distances(policy: Policy, batch: RolloutBatch, gap: Tensor | None, seed: int) -> Distances:
     decoder, eps = policy.decoder, rounding_unit(policy.compute_dtype, policy.causal.device)
-    engine = given(batch.sampler_logprobs)
+    engine = require(batch.sampler_logprobs)
     if gap is None:
         with _prepared(policy):
             gap = _sampled(policy.logprobs(batch)) - engine

@@ -15,11 +15,11 @@ from grpo_lightning.engines.process_guard import random_kept
 from grpo_lightning.engines.session import open_session
 from grpo_lightning.errors import ConfigError, EngineError
 from grpo_lightning.metrics.logging import all_sum, length_stats, raise_together, reward_stats
-from grpo_lightning.metrics.reduce import Stat, extreme, mean_of
+from grpo_lightning.metrics.reduce import Stat, mean_of, reduced
 from grpo_lightning.packing.batch import RolloutBatch
 from grpo_lightning.rewards.suite import Rewards, Scores
 from grpo_lightning.rollout.checks import bad_advantages, bad_logprobs, bad_penalty
-from grpo_lightning.rollout.dynamic_sampling import Place, fill
+from grpo_lightning.rollout.dynamic_sampling import GroupSlot, run_dynamic_sampling
 from grpo_lightning.types import Completion, PromptBatch, SamplingParams
 
 Phase = Callable[[str], AbstractContextManager[Any]]
@@ -131,7 +131,7 @@ class Collector:
                 scores.names, rewards.by_function, rewards.total, rewards.group_ids, len(requests)
             ),
             **{f"time/{name}": mean_of([s]) for name, s in seconds.items()},
-            **({"rollout/replaced_groups": extreme("sum", float(replaced))} if self.by_group else {}),
+            **({"rollout/replaced_groups": reduced("sum", float(replaced))} if self.by_group else {}),
         }
         return Rollout(
             batch=batch,
@@ -152,7 +152,7 @@ class Collector:
         policy_version: int,
     ) -> RolloutBatch:
         flat, truncation = [c for group in completions for c in group], self.sampling.truncation
-        if self.sampling.distorted_by:  # the engine's log-probabilities are not those of a policy
+        if self.sampling.off_policy_options:  # the engine's log-probabilities are not those of a policy
             flat, truncation = [replace(c, logprobs=None) for c in flat], None
         return RolloutBatch.pack(
             prompt_ids=prompts.prompt_ids,
@@ -213,29 +213,29 @@ class Collector:
         self, prompts: PromptBatch, trainer_state: Any, seconds: dict[str, float]
     ) -> tuple[PromptBatch, Done, int]:
         """Returns the prompts taken, what came of them, and how many groups were replaced on the way."""
-        places = [Place([b.take(i) for b in (prompts, *prompts.spares)]) for i in range(len(prompts))]
+        slots = [GroupSlot([b.take(i) for b in (prompts, *prompts.spares)]) for i in range(len(prompts))]
 
-        def silent(place: Place) -> bool:
-            assert place.scores is not None
-            table = self._rewards(place.scores, [place.completions], 1, all_ranks=False)
-            return bool(table.silent_groups(self.advantage))
+        def silent(slot: GroupSlot) -> bool:
+            assert slot.scores is not None
+            table = self._rewards(slot.scores, [slot.completions], 1, all_ranks=False)
+            return bool(table.zero_variance_groups(self.advantage))
 
         # The states of random numbers are the process's: here a reward and the engine use them side by side.
         with self._timed("generate", seconds), random_kept():
-            replaced = fill(
-                places,
+            replaced = run_dynamic_sampling(
+                slots,
                 open_session(self.engine, self.sampling),
                 ask=lambda prompt: self._request(prompt, 0),
                 score=lambda prompt, group: self._score(prompt, group, trainer_state),
                 silent=silent,
             )
         done = Done(
-            [p.request for p in places if p.request is not None],
-            [p.completions for p in places],
-            [text for p in places for text in p.texts],
-            Scores.join([p.scores for p in places if p.scores is not None]),
+            [p.request for p in slots if p.request is not None],
+            [p.completions for p in slots],
+            [text for p in slots for text in p.texts],
+            Scores.join([p.scores for p in slots if p.scores is not None]),
         )
-        return PromptBatch.join([p.prompt for p in places]), done, replaced
+        return PromptBatch.join([p.prompt for p in slots]), done, replaced
 
     def _rewards(
         self, scores: Scores, completions: list[list[Completion]], num_groups: int, all_ranks: bool = True

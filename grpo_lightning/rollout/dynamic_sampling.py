@@ -1,6 +1,6 @@
-"""Group by group: rewards beside decoding, and another prompt in the place of a group without signal.
+"""Group by group: rewards beside decoding, and another prompt in the slot of a group without signal.
 
-A place holds the first of its candidates whose rewards differ, else the last. Candidates are a function of
+A slot holds the first of its candidates whose rewards differ, else the last. Candidates are a function of
 seed and rollout, so a rollout does not depend on which group happens to end first.
 """
 
@@ -19,7 +19,7 @@ Score = Callable[[PromptBatch, list[Completion]], tuple[list[str], Scores]]
 
 
 @dataclass(slots=True)
-class Place:
+class GroupSlot:
     """One of the P groups of a rollout."""
 
     candidates: list[PromptBatch]
@@ -41,48 +41,48 @@ class Place:
         return self.tried + 1 < len(self.candidates)
 
 
-def fill(
-    places: list[Place],
+def run_dynamic_sampling(
+    slots: list[GroupSlot],
     session: Session,
     ask: Callable[[PromptBatch], Request],
     score: Score,
-    silent: Callable[[Place], bool],
+    silent: Callable[[GroupSlot], bool],
 ) -> int:
-    """Fills every place; returns how many groups without signal were replaced.
+    """Fills every slot; returns how many groups without signal were replaced.
 
     Args:
-        places: with their candidates.
+        slots: with their candidates.
         session: decodes.
         ask: makes the request of a prompt.
         score: texts and rewards of a group; runs beside decoding, one group at a time.
         silent: whether a scored group says nothing about its members.
     """
-    of_request: dict[int, Place] = {}
-    waiting: dict[Future[tuple[list[str], Scores]], Place] = {}
+    of_request: dict[int, GroupSlot] = {}
+    waiting: dict[Future[tuple[list[str], Scores]], GroupSlot] = {}
     replaced = 0
 
-    def request(asked: list[Place]) -> None:
-        for place in asked:
-            place.request = ask(place.prompt)
-            of_request[id(place.request)] = place
+    def request(asked: list[GroupSlot]) -> None:
+        for slot in asked:
+            slot.request = ask(slot.prompt)
+            of_request[id(slot.request)] = slot
         session.add([p.request for p in asked if p.request is not None])
 
     rewards = Background("rewards")
     try:
-        request(places)
+        request(slots)
         while session.busy or waiting:
             for asked, completions in session.step() if session.busy else ():
-                place = of_request.pop(id(asked))
-                place.completions = completions
-                waiting[rewards.submit(partial(score, place.prompt, completions))] = place
+                slot = of_request.pop(id(asked))
+                slot.completions = completions
+                waiting[rewards.submit(partial(score, slot.prompt, completions))] = slot
             done, _ = wait(waiting, 0 if session.busy else None, FIRST_COMPLETED)
-            again: list[Place] = []
+            again: list[GroupSlot] = []
             for future in done:
-                place = waiting.pop(future)
-                place.texts, place.scores = future.result()
-                if place.has_another and silent(place):
-                    place.tried += 1
-                    again.append(place)
+                slot = waiting.pop(future)
+                slot.texts, slot.scores = future.result()
+                if slot.has_another and silent(slot):
+                    slot.tried += 1
+                    again.append(slot)
             replaced += len(again)
             if again:
                 request(again)

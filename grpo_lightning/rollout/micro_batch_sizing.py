@@ -13,7 +13,7 @@ import torch
 from grpo_lightning.errors import ConfigError
 from grpo_lightning.metrics.logging import gather
 from grpo_lightning.packing.batch import RolloutBatch
-from grpo_lightning.packing.geometry import Outline
+from grpo_lightning.packing.geometry import SequenceLayout
 
 FRACTION = 0.85
 """of the available memory that a prediction may fill; the rest is for fragments"""
@@ -124,7 +124,7 @@ METERS: dict[str, Callable[[torch.device, Iterable[torch.Tensor]], Meter]] = {"c
 """by type of device; without one `auto` is `all`"""
 
 
-class Cutter:
+class MicroBatchSizer:
     """Decides the number of micro-batches of an optimizer step, and checks the estimate as they run.
 
     What it learns is not saved: a resumed run learns again, and gradients do not depend on the number.
@@ -144,7 +144,7 @@ class Cutter:
         self._metrics: dict[str, float] = {}
 
     @classmethod
-    def of(cls, wanted: int | str, trainer: pl.Trainer, module: Any) -> "Cutter":
+    def of(cls, wanted: int | str, trainer: pl.Trainer, module: Any) -> "MicroBatchSizer":
         """Returns the one for a fit; it meters where that can change something and the gradient stays."""
         most = trainer.accumulate_grad_batches
         make = METERS.get(module.device.type) if wanted == "auto" and most > 1 else None
@@ -152,7 +152,7 @@ class Cutter:
             return cls(wanted, most)
         return cls(wanted, most, module.policy, make(module.device, module.policy.trainable().values()))
 
-    def count(self, shape: Outline, *, whole_groups: bool) -> int:
+    def count(self, shape: SequenceLayout, *, whole_groups: bool) -> int:
         """Returns how many micro-batches `shape` is cut into: the most that any rank needs."""
         if self.meter is None:
             return self.fixed
@@ -160,7 +160,7 @@ class Cutter:
         fitting = (n for n in range(1, self.most) if self._peak(shape, n, whole_groups) <= room)
         return max(gather(next(fitting, self.most)))
 
-    def _peak(self, shape: Outline, n: int, whole_groups: bool) -> float:
+    def _peak(self, shape: SequenceLayout, n: int, whole_groups: bool) -> float:
         parts = [shape.take(part) for part in shape.split(n, whole_groups=whole_groups) if part]
         bounds = [self.estimate.predict(self.policy.sizes(part)) for part in parts]
         return max((float("inf") if b is None else b for b in bounds), default=0.0)
@@ -170,7 +170,7 @@ class Cutter:
         self._running = None
         if self.meter is None or not any(part.lengths):
             return
-        self._running = sizes = self.policy.sizes(part.outline)
+        self._running = sizes = self.policy.sizes(part.sequence_layout)
         self._note("predicted", self.estimate.predict(sizes))
         self.meter.begin()
 

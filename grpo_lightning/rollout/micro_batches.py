@@ -10,12 +10,12 @@ import torch
 from grpo_lightning.engines.hf_sampling import uniforms
 from grpo_lightning.errors import GRPOError
 from grpo_lightning.losses import LossConfig
-from grpo_lightning.losses.token_selection import choose_tokens, given, reference_gap
+from grpo_lightning.losses.token_selection import choose_tokens, reference_gap, require
 from grpo_lightning.metrics.logging import all_sum, gather, raise_together
 from grpo_lightning.packing.batch import RolloutBatch
 from grpo_lightning.packing.geometry import sampling_weights
 from grpo_lightning.rollout.collector import Collector, Rollout
-from grpo_lightning.rollout.micro_batch_sizing import Cutter, cut
+from grpo_lightning.rollout.micro_batch_sizing import MicroBatchSizer, cut
 from grpo_lightning.rollout.phases import profiled
 
 if TYPE_CHECKING:
@@ -28,14 +28,14 @@ SAMPLED_TOKENS = 2048
 FEWEST = 4
 
 
-def make_parts(
+def make_micro_batches(
     rollout: Rollout, collector: Collector, settings: "RolloutCallback", trainer: pl.Trainer, module: Any
 ) -> tuple[list[RolloutBatch], int]:
     """Returns the micro-batches of one pass, in training order, and how many groups were dropped."""
     whole = _with_kl_in_reward(rollout, collector, trainer, module)
     batch = whole
     if _drops(settings, module.loss):
-        batch = whole.without_groups(rollout.rewards.silent_groups(collector.advantage))
+        batch = whole.without_groups(rollout.rewards.zero_variance_groups(collector.advantage))
     several = settings.updates_per_rollout * settings.num_iterations > 1
     parts = [
         part
@@ -57,7 +57,7 @@ def _with_kl_in_reward(
         parts = rollout.batch.split(trainer.accumulate_grad_batches)
         scored = [module.score(p.to(module.device), old=True).to("cpu") for p in parts]
     gap = torch.cat([reference_gap(p) for p in scored])
-    reference = torch.cat([given(p.ref_logprobs) for p in scored])
+    reference = torch.cat([require(p.ref_logprobs) for p in scored])
     batch = collector.penalised(rollout, module.coefficients.kl * gap)
     rollout.samples.update(advantage=batch.advantages.tolist(), penalised_reward=batch.rewards.tolist())
     return replace(batch, ref_logprobs=reference)
@@ -82,7 +82,7 @@ def _unsound(parts: Sequence[RolloutBatch], loss: LossConfig) -> GRPOError | Non
 
 
 def _drops(settings: "RolloutCallback", loss: LossConfig) -> bool:
-    default = "drop" if loss.recipe.drops_dead_groups else "keep"
+    default = "drop" if loss.recipe.drops_zero_variance_groups else "keep"
     return (settings.zero_variance_groups or default) == "drop"
 
 
@@ -92,7 +92,7 @@ def _micro_batches(
     """Returns the micro-batches of one optimizer step, scored where the policy moves before they train."""
     loss: LossConfig = module.loss
     seed = settings.seed
-    parts = _cut(window, settings.cutter, trainer.world_size, loss, seed)
+    parts = _cut(window, settings.micro_batch_sizer, trainer.world_size, loss, seed)
     # The engine's numbers stand for the old ones, once they are over the whole vocabulary.
     bypassed = loss.correction.bypass and window.sampler_logprobs is not None and window.truncation is None
     old = (several and not bypassed) or loss.needs_old_pass
@@ -105,16 +105,18 @@ def _micro_batches(
     return choose_tokens(parts, loss, seed=seed, gather=gather, rank=trainer.global_rank)
 
 
-def _cut(window: RolloutBatch, cutter: Cutter, ranks: int, loss: LossConfig, seed: int) -> list[RolloutBatch]:
+def _cut(
+    window: RolloutBatch, sizer: MicroBatchSizer, ranks: int, loss: LossConfig, seed: int
+) -> list[RolloutBatch]:
     """Returns the micro-batches of one optimizer step with the counts of all of them, over all ranks."""
-    living, whole = window, loss.objective.whole_groups
-    if loss.dead_groups_are_still and not loss.needs_old_pass:
+    living, whole = window, loss.surrogate_row.whole_groups
+    if loss.zero_variance_groups_have_no_gradient and not loss.needs_old_pass:
         living = with_fair_sample(window, seed)
-    n = cutter.count(living.outline, whole_groups=whole)
-    parts = cut(living, n, cutter.most, whole_groups=whole)
+    n = sizer.count(living.sequence_layout, whole_groups=whole)
+    parts = cut(living, n, sizer.most, whole_groups=whole)
     empty = sum(not any(p.lengths) for p in parts)
     counted = replace(window, totals=replace(window.totals, empty_micro_batches=empty))
-    totals = counted.all_reduce_totals(all_sum, micro_batches=cutter.most * ranks).totals
+    totals = counted.all_reduce_totals(all_sum, micro_batches=sizer.most * ranks).totals
     return [replace(p, totals=totals) for p in parts]
 
 
@@ -128,7 +130,7 @@ def with_fair_sample(window: RolloutBatch, seed: int) -> RolloutBatch:
         window: of one optimizer step and rank.
         seed: of the run.
     """
-    still = window.dead_groups()
+    still = window.zero_variance_groups()
     sizes = [n if g in still else 0 for n, g in zip(window.lengths, window.host_groups, strict=True)]
     total, trained = sum(sizes), sum(g not in still for g in window.host_groups)
     if not total:

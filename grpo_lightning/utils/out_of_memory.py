@@ -103,7 +103,7 @@ def _weights(trainer: Any) -> str:
 
 
 def _knobs(trainer: Any, phase: str) -> Iterator[str]:
-    rollout = next((c for c in trainer.callbacks if hasattr(c, "parts_per_rollout")), None)
+    rollout = next((c for c in trainer.callbacks if hasattr(c, "micro_batches_per_rollout")), None)
     sections = {
         "trainer": trainer,
         "model": trainer.lightning_module,

@@ -13,7 +13,7 @@ from fits import data, long, module, rollout, sgd, trainer, vowels, weights
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 
 from grpo_lightning.losses import LossConfig
-from grpo_lightning.rollout.micro_batch_sizing import Cutter
+from grpo_lightning.rollout.micro_batch_sizing import MicroBatchSizer
 
 
 class Gradients(Callback):
@@ -35,7 +35,7 @@ def uneven(prompts, completions, **_):
 UNEVEN = "UNEVEN" in os.environ
 """rank r cuts into r + 1 micro-batches, whatever the others do, and some ranks have no tokens at all"""
 if UNEVEN:
-    Cutter.count = lambda self, shape, whole_groups: 1 + int(os.environ.get("LOCAL_RANK", "0"))
+    MicroBatchSizer.count = lambda self, shape, whole_groups: 1 + int(os.environ.get("LOCAL_RANK", "0"))
 
 
 def run(folder, root, ranks, k, loss, steps, ckpt_path=None):

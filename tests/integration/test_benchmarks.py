@@ -30,7 +30,10 @@ def test_small(script, row):
 
 
 def test_learning(tmp_path):
+    """A file takes the place of the config's dataset and of its `dataset_kwargs`."""
     model = save_tiny(tmp_path / "tiny")
+    sums = [{"prompt": f"{i} + {i}?", "answer": str(2 * i)} for i in range(200)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, sums)))
     command = [
         *(
             sys.executable,
@@ -39,12 +42,15 @@ def test_learning(tmp_path):
             "configs/quickstart.yaml",
         ),
         *("--model", model, "--sides", "HF", "--steps", "6", "--seed", "1", "--out", str(tmp_path)),
+        *("--dataset", str(tmp_path / "rows.jsonl")),
     ]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False, timeout=240)
     assert done.returncode == 0, done.stderr[-3000:]
     (file,) = tmp_path.glob("learning-quickstart-seed-1-*.json")
     result = json.loads(file.read_text())
-    assert result["job"]["seed"] == 1
+    job = result["job"]
+    assert (job["seed"], job["dataset_kwargs"]) == (1, None)
+    assert (job["config"], job["dataset"]) == ("configs/quickstart.yaml", "rows.jsonl")  # of no machine
     side = result["sides"]["HF"]
     assert "failed" not in side, side["failed"]
     assert len(side["seconds"]) == len(side["correct"]) == len(side["reward"]) == 6

@@ -12,7 +12,7 @@ from models import TINY, random_rollout
 from tiny import tiny_tokenizer
 
 from grpo_lightning.kernels.config import AUTO, KernelConfig
-from grpo_lightning.kernels.patching import SWAPS
+from grpo_lightning.kernels.patching import PATCH_RULES
 from grpo_lightning.policy.policy import Policy
 from grpo_lightning.policy.verification import logprob_distance
 
@@ -283,7 +283,7 @@ def test_attention_that_computes_something_else_stays(kind, changes, stay):
 def test_the_probe_leaves_an_attention_as_it_was():
     from grpo_lightning.kernels.patching import one_kernel_rotary
 
-    (swap,) = (s for s in SWAPS if s.flag == "rotary")
+    (swap,) = (s for s in PATCH_RULES if s.flag == "rotary")
     model = causal("Qwen3", attention_dropout=0.25)
     layer = model.model.layers[0].self_attn.train()
     layer.q_norm.eval()
@@ -443,5 +443,5 @@ def test_compiled_layers_with_everything(monkeypatch):
 
 
 def test_every_row_has_a_flag():
-    assert {s.flag for s in SWAPS} == set(BODY)
+    assert {s.flag for s in PATCH_RULES} == set(BODY)
     assert set(BODY) <= set(AUTO)

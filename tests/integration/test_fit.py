@@ -301,7 +301,7 @@ def test_dead_groups_are_skipped_without_changing_the_step(model_folder, tmp_pat
     results = []
     for skip in (True, False):
         if not skip:
-            monkeypatch.setattr(RolloutBatch, "dead_groups", lambda self: set())
+            monkeypatch.setattr(RolloutBatch, "zero_variance_groups", lambda self: set())
         m = module(model_folder)
         trainer(tmp_path / str(skip), rollout(reward_funcs=[sparse]), max_steps=2).fit(m, data())
         results.append(weights(m))

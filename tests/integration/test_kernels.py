@@ -197,11 +197,11 @@ def test_choices():
 
 def test_few_takes_completions_of_the_first_and_the_last_group():
     b = random_rollout(prompts=3, group=4, seed=1)
-    few = b.few()
+    few = b.spot_check_subset()
     assert len(few.prompt_lengths) == 2
     assert 2 <= len(few.lengths) <= 4
     assert all(few.lengths)
-    assert random_rollout().take([]).few().lengths == ()
+    assert random_rollout().take([]).spot_check_subset().lengths == ()
 
 
 def test_graphs_are_for_cuda():

@@ -141,7 +141,7 @@ def test_bnpo_counts_the_tokens_of_dead_groups(model_folder, tmp_path, monkeypat
     found = []
     for skip in (True, False):
         if not skip:
-            monkeypatch.setattr(RolloutBatch, "dead_groups", lambda self: set())
+            monkeypatch.setattr(RolloutBatch, "zero_variance_groups", lambda self: set())
         m = module(model_folder, loss=LossConfig("bnpo"), optimizer=sgd)
         trainer(tmp_path / str(skip), rollout(reward_funcs=[sparse]), max_steps=2).fit(m, data())
         found.append(weights(m))

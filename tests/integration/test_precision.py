@@ -55,12 +55,12 @@ def test_counts_are_exact_in_bf16(model_folder, tmp_path):
 
 
 def test_a_number_becomes_no_bf16_tensor():
-    from grpo_lightning.metrics.reduce import combine, effective_share, extreme, mean, values
+    from grpo_lightning.metrics.reduce import combine, effective_share, mean, reduced, values
 
     torch.set_default_dtype(torch.bfloat16)
     try:
         ess = effective_share(torch.ones(1001))
-        parts = [{"sum": extreme("sum", 4097.0), "mean": mean(1001.0, 3), "ess": ess}]
+        parts = [{"sum": reduced("sum", 4097.0), "mean": mean(1001.0, 3), "ess": ess}]
         assert values(combine(parts)) == {"sum": 4097.0, "mean": 1001 / 3, "ess": 1.0}
     finally:
         torch.set_default_dtype(torch.float32)

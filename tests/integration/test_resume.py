@@ -115,20 +115,20 @@ def swap_template(folder):
     tokenizer.save_pretrained(folder)
 
 
-SWAPS = {
+PATCH_RULES = {
     swap_weights: r"model\.safetensors of model\.model_name or model\.tokenizer is another one here",
     swap_one_number: r"config\.json of",
     swap_template: r"chat_template\.jinja of|tokenizer_config\.json of",
 }
 
 
-@pytest.mark.parametrize("swap", SWAPS)
+@pytest.mark.parametrize("swap", PATCH_RULES)
 def test_the_same_path_with_other_files_is_refused_by_their_name(tmp_path, swap):
     folder = tmp_path / "model"
     save_tiny(folder)
     checkpoint(str(folder), tmp_path / "a")
     swap(folder)
-    with pytest.raises(ConfigError, match=SWAPS[swap]):
+    with pytest.raises(ConfigError, match=PATCH_RULES[swap]):
         trainer(tmp_path / "b", rollout()).fit(
             module(str(folder)), data(), ckpt_path=tmp_path / "a" / "step=2.ckpt"
         )

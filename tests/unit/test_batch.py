@@ -107,7 +107,7 @@ def test_dead_groups_leave_but_still_count():
         advantages=advantages,
         max_tokens=2,
     )
-    alive = b.without_groups(b.dead_groups())
+    alive = b.without_groups(b.zero_variance_groups())
     assert alive.lengths == (2, 2)
     assert alive.totals == b.totals
 

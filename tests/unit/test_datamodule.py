@@ -225,7 +225,7 @@ class Parts(pl.Callback):
     def __init__(self, parts):
         self.parts = parts
 
-    def parts_per_rollout(self, trainer):
+    def micro_batches_per_rollout(self, trainer):
         return self.parts
 
 

@@ -11,6 +11,7 @@ from grpo_lightning.losses import RECIPES, CorrectionConfig, LossConfig
 from grpo_lightning.losses.corrections import PRESETS
 
 ROOT = Path(__file__).parents[2]
+RESULTS = ROOT / "benchmarks" / "results"
 
 
 def maker():
@@ -83,3 +84,8 @@ def test_every_fault_is_on_the_page_of_reliability_with_tests_that_exist():
     rows = [line for line in page.splitlines() if re.match(r"\| [FS\u00a7L]", line)]
     assert not [f"F{i:02}" for i in range(1, 61) if not any(f"F{i:02}" in row.split("|")[1] for row in rows)]
     assert not [row for row in rows if row.startswith("| F") and "test_" not in row and "`K`" not in row]
+
+
+@pytest.mark.parametrize("path", sorted(RESULTS.glob("*.json")), ids=lambda p: p.stem)
+def test_results_name_no_folder_of_a_machine(path):
+    assert not re.findall(r"/(?:home|root|tmp|work|opt|var|Users)/", path.read_text())

@@ -104,7 +104,7 @@ def test_metrics_of_the_sample_are_those_of_all(level, mode):
 
 
 def _living(logprobs, b, entropy, config):
-    s = replace(b, ref_logprobs=logprobs, old_entropies=entropy).without_groups(b.dead_groups())
+    s = replace(b, ref_logprobs=logprobs, old_entropies=entropy).without_groups(b.zero_variance_groups())
     return s.ref_logprobs, s, config, s.old_entropies
 
 

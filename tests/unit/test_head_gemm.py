@@ -212,7 +212,7 @@ def test_gradient_rows_sum_to_nothing():
     h, w, ids = draw(33, 24), draw(131, 24, seed=1, scale=0.3), chosen(33, 131)
     tau = torch.full((33,), 0.7, device=DEVICE)
     x = Inputs(h, w, None, ids, tau, Head(), 16)
-    way = head_gemm.Exponentials(Logits(None))
+    way = head_gemm.FusedGemmHead(Logits(None))
     logp, entropy, *_ = way.scores(x, want_u=False)
     g = torch.linspace(-1, 1, 33, device=DEVICE)
     for at, q in way.gradient_rows(x, Scores(logp, entropy), g, g.flip(0)):

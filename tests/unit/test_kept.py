@@ -72,7 +72,7 @@ def test_truncation_of_sampling():
     ],
 )
 def test_what_makes_probabilities_incomparable(changes, named):
-    assert SamplingParams(**changes).distorted_by == named
+    assert SamplingParams(**changes).off_policy_options == named
 
 
 def test_rescored_batches_are_over_the_whole_vocabulary():

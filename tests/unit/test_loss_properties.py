@@ -127,7 +127,7 @@ def test_order_of_groups_and_of_completions_changes_nothing(name, level, seed, c
 def test_splits_change_nothing(name, level, seed, m, correction):
     assume(fits(name, correction))
     b, lp = Case(seed).pack()
-    masks = {} if config_of(name, level).objective.whole_groups else {
+    masks = {} if config_of(name, level).surrogate_row.whole_groups else {
         "top_entropy_quantile": 0.5, "off_policy_threshold": 0.2}  # fmt: skip
     correction = CorrectionConfig(**correction)
     config = config_of(name, level, kl_coef=0.1, entropy_coef=0.01, correction=correction, **masks)
@@ -136,7 +136,7 @@ def test_splits_change_nothing(name, level, seed, m, correction):
         return
     loss, gradient = loss_and_gradient(b, config, lp, entropy)
     start, total, parts = 0, 0.0, []
-    for part in b.split(m, whole_groups=config.objective.whole_groups):
+    for part in b.split(m, whole_groups=config.surrogate_row.whole_groups):
         here = slice(start, start := start + len(part.target_ids))
         value, g = loss_and_gradient(part, config, lp[here], entropy[here])
         total += value
@@ -172,7 +172,7 @@ def test_what_moves_without_advantage_is_not_called_still(name):
     config = config_of("dapo", "token", surrogate=name, dro_coef=0.1)
     moves = loss_and_gradient(b, config, lp)[1].abs().max().item() > 0
     assert moves == (name in ("dro", "kl_cov"))
-    assert not config.dead_groups_are_still
+    assert not config.zero_variance_groups_have_no_gradient
 
 
 @pytest.mark.parametrize(("name", "level"), CASES)

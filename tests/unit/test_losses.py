@@ -360,7 +360,7 @@ def test_any_split_gives_one_gradient(name, seed, m):
     config = recipe(name, kl_coef=0.1)
     whole = gradient(b, config, lp)
     parts, start = [], 0
-    for p in b.split(m, whole_groups=config.objective.whole_groups):
+    for p in b.split(m, whole_groups=config.surrogate_row.whole_groups):
         parts.append(gradient(p, config, lp[start : start + len(p.target_ids)]))
         start += len(p.target_ids)
     torch.testing.assert_close(torch.cat(parts), whole, atol=1e-12, rtol=0)

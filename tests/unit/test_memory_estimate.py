@@ -11,9 +11,15 @@ from tiny import tiny_tokenizer
 from grpo_lightning.errors import ConfigError
 from grpo_lightning.losses import LossConfig, policy_loss
 from grpo_lightning.ops.zero_grad import tied
-from grpo_lightning.packing.geometry import Outline
+from grpo_lightning.packing.geometry import SequenceLayout
 from grpo_lightning.policy.policy import Policy
-from grpo_lightning.rollout.micro_batch_sizing import FRACTION, KEPT, Cutter, Estimate, check_micro_batches
+from grpo_lightning.rollout.micro_batch_sizing import (
+    FRACTION,
+    KEPT,
+    Estimate,
+    MicroBatchSizer,
+    check_micro_batches,
+)
 
 
 def test_memory_through_the_origin_is_predicted_exactly():
@@ -87,7 +93,7 @@ class Rows:
 
 
 def equal_completions(count, length):
-    return Outline((0,) * count, (length + 1,) * count, tuple(range(count)))
+    return SequenceLayout((0,) * count, (length + 1,) * count, tuple(range(count)))
 
 
 @pytest.mark.parametrize("constant", [0, 50])
@@ -98,30 +104,35 @@ def test_as_few_as_fit_and_never_more_than_allowed(free, constant):
     With a constant that nothing has shown yet it may be one more.
     """
     meter, shape = Fake(free, constant), equal_completions(8, 50)
-    cutter = Cutter("auto", 4, Rows(), meter)
+    sizer = MicroBatchSizer("auto", 4, Rows(), meter)
     fits = [n for n in range(1, 5) if constant + 50 * -(-8 // n) <= free]
     chosen = []
     for _ in range(5):
-        chosen.append(cutter.count(shape, whole_groups=False))
+        chosen.append(sizer.count(shape, whole_groups=False))
         for part in shape.split(chosen[-1]):
             rows = shape.take(part).num_tokens
-            cutter.estimate.observe((rows,), constant + rows)
+            sizer.estimate.observe((rows,), constant + rows)
     assert chosen[0] == 4
     assert all(n in fits for n in chosen) or not fits
     assert 0 <= chosen[-1] - (min(fits) if fits else 4) <= (constant > 0)
 
 
 def test_groups_that_must_stay_whole_count_whole():
-    shape = Outline((0, 0), (51,) * 8, (0,) * 7 + (1,))
-    cutter = Cutter("auto", 4, Rows(), Fake(210))
-    cutter.estimate.observe((200,), 200)
-    assert cutter.count(shape, whole_groups=False) == 2
-    assert cutter.count(shape, whole_groups=True) == 4
+    shape = SequenceLayout((0, 0), (51,) * 8, (0,) * 7 + (1,))
+    sizer = MicroBatchSizer("auto", 4, Rows(), Fake(210))
+    sizer.estimate.observe((200,), 200)
+    assert sizer.count(shape, whole_groups=False) == 2
+    assert sizer.count(shape, whole_groups=True) == 4
 
 
 def test_fixed_numbers_need_no_meter():
     shape = equal_completions(8, 50)
-    assert [Cutter(w, 4).count(shape, whole_groups=False) for w in ("auto", "all", 1, 3)] == [4, 4, 1, 3]
+    assert [MicroBatchSizer(w, 4).count(shape, whole_groups=False) for w in ("auto", "all", 1, 3)] == [
+        4,
+        4,
+        1,
+        3,
+    ]
 
 
 @pytest.mark.parametrize("value", [0, -1, 5, "al", True, 1.5])
@@ -135,9 +146,9 @@ def test_an_outline_is_cut_as_its_batch_is(whole_groups):
     b = random_rollout(prompts=4, group=5, seed=2)
     for n in (1, 2, 3):
         parts = b.split(n, whole_groups=whole_groups)
-        cuts = b.outline.split(n, whole_groups=whole_groups)
-        assert [p.outline for p in parts] == [b.outline.take(c) for c in cuts]
-    assert b.outline.unshared().num_tokens == b.unshared().num_tokens
+        cuts = b.sequence_layout.split(n, whole_groups=whole_groups)
+        assert [p.sequence_layout for p in parts] == [b.sequence_layout.take(c) for c in cuts]
+    assert b.sequence_layout.unshared().num_tokens == b.unshared().num_tokens
 
 
 def test_sizes_are_what_the_policy_runs():
@@ -148,14 +159,14 @@ def test_sizes_are_what_the_policy_runs():
     )
     for settings in ({"shared_prompts": "on"}, {"shared_prompts": "off"}):
         policy.kernels = replace(policy.kernels, **settings)
-        rows, targets, pairs = policy.sizes(b.outline)
+        rows, targets, pairs = policy.sizes(b.sequence_layout)
         policy.logprobs(b)
         assert (rows, targets) == (seen.pop(), len(b.target_ids))
         assert pairs >= rows
     policy.padded_reason = "test"
     policy._set_attention("sdpa")
     policy.logprobs(b)
-    assert policy.sizes(b.outline)[0] == seen.pop()
+    assert policy.sizes(b.sequence_layout)[0] == seen.pop()
 
 
 def test_the_tie_leaves_gradients_and_makes_missing_ones():

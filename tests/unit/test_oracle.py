@@ -424,10 +424,10 @@ def test_recipes_are_the_pages():
     assert set(RECIPES) == set(oracle.RECIPES)
     for name, (*parts, advantage, _) in oracle.RECIPES.items():
         assert RECIPES[name].advantage == advantage
-        assert RECIPES[name].drops_dead_groups == (name == "scalerl")
+        assert RECIPES[name].drops_zero_variance_groups == (name == "scalerl")
         got = LossConfig(name, **REQUIRED.get(name, {})).resolve()
         assert [got.surrogate, got.ratio_level, got.aggregation] == parts, name
-        assert set(got.objective.levels) == set(oracle.LEVELS.get(got.surrogate, ("token",)))
+        assert set(got.surrogate_row.levels) == set(oracle.LEVELS.get(got.surrogate, ("token",)))
         case = fixture(name)
         options = {k: v for k, v in vars(case.o).items() if k not in PARTS}
         for key, value in options.items():

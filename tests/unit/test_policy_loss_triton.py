@@ -24,7 +24,7 @@ from grpo_lightning.metrics.reduce import combine, values
 
 kernel = pytest.importorskip("grpo_lightning.losses.fused.launch_triton", reason="Triton is for Linux")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-COVERED = [name for name in SURROGATES if name in kernel.OBJECTIVES]
+COVERED = [name for name in SURROGATES if name in kernel.SURROGATE_RULES]
 
 
 @pytest.fixture(autouse=True)
@@ -182,7 +182,7 @@ def test_log_ratios_beyond_the_clamp(name):
     ref = b.ref_logprobs.clone()
     ref[:4] = logprobs[:4] + torch.tensor([0.0, 0.0, 2.0, -30.0], device=DEVICE)
     b = replace(b, old_logprobs=old, ref_logprobs=ref, sampler_logprobs=None)
-    for level in LossConfig(name, dro_coef=1.0).objective.levels:
+    for level in LossConfig(name, dro_coef=1.0).surrogate_row.levels:
         config = LossConfig(name, dro_coef=1.0, ratio_level=level, kl_coef=1e-6, aggregation="sequence_mean")
         assert_as_twin(config, **{**made, "batch": b, "logprobs": logprobs})
 
@@ -307,7 +307,7 @@ def test_what_is_missing_is_named_by_the_twin():
 
 def test_all_that_the_tables_hold_is_covered():
     """Or stands here: a new row says which."""
-    assert set(SURROGATES) - set(kernel.OBJECTIVES) <= {"real", "fipo", "thrice", "twice"}
+    assert set(SURROGATES) - set(kernel.SURROGATE_RULES) <= {"real", "fipo", "thrice", "twice"}
     assert set(kernel.LEVELS) == set(RATIO_LEVELS)
     assert set(kernel.ESTIMATORS) == set(KL_ESTIMATORS)
     assert set(kernel.SPANS) == set(LEVELS)

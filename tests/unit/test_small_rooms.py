@@ -14,19 +14,19 @@ from grpo_lightning.metrics.logging import (
     over_ranks,
     reward_stats,
 )
-from grpo_lightning.metrics.reduce import combine, extreme, mean, mean_of, spread_of, values
+from grpo_lightning.metrics.reduce import combine, mean, mean_of, reduced, std_stat, values
 from grpo_lightning.schedulers import WarmupCosine
 from grpo_lightning.types import Completion
 
 
 def test_stats_add_up_before_they_divide():
     parts = [
-        {"m": mean_of([1.0]), "s": extreme("sum", 2.0), "lo": extreme("min", 3.0), "hi": extreme("max", 3.0)},
+        {"m": mean_of([1.0]), "s": reduced("sum", 2.0), "lo": reduced("min", 3.0), "hi": reduced("max", 3.0)},
         {
             "m": mean_of([3.0, 5.0]),
-            "s": extreme("sum", 4.0),
-            "lo": extreme("min", 1.0),
-            "hi": extreme("max", 9.0),
+            "s": reduced("sum", 4.0),
+            "lo": reduced("min", 1.0),
+            "hi": reduced("max", 9.0),
         },
     ]
     assert values(combine(parts)) == {"m": 3.0, "s": 6.0, "lo": 1.0, "hi": 9.0}
@@ -34,15 +34,13 @@ def test_stats_add_up_before_they_divide():
 
 def test_spread_of_parts_is_that_of_the_whole():
     x = torch.tensor([1.0, 2.0, 4.0, 8.0])
-    assert values(combine([{"s": spread_of(x[:1])}, {"s": spread_of(x[1:])}]))["s"] == pytest.approx(
+    assert values(combine([{"s": std_stat(x[:1])}, {"s": std_stat(x[1:])}]))["s"] == pytest.approx(
         x.std().item()
     )
 
 
 def test_means_of_nothing_are_not_logged():
-    assert (
-        values({"m": mean(0.0, 0), "s": spread_of(torch.zeros(1)), "n": extreme("max", float("nan"))}) == {}
-    )
+    assert values({"m": mean(0.0, 0), "s": std_stat(torch.zeros(1)), "n": reduced("max", float("nan"))}) == {}
 
 
 def test_numbers_come_to_the_host_as_they_are():

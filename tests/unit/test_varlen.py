@@ -52,11 +52,19 @@ def test_every_row_is_in_a_segment(filled):
         rows = [[draw.randint(0, 90) for _ in range(draw.randint(1, 9))] for _ in prompts]
         x = SharedPrompts.of(prompts, rows, torch.device("cpu"), filled=filled)
         total = sum(prompts) + sum(map(sum, rows)) if x.order is None else len(x.order)
-        ends = [int(e[-1]) for e in (x.alone.query, x.alone.key, x.towards.key, x.towards.query)]
+        ends = [
+            int(e[-1])
+            for e in (
+                x.self_attention.query,
+                x.self_attention.key,
+                x.prefix_attention.key,
+                x.prefix_attention.query,
+            )
+        ]
         regions = [r.stop - r.start for r in (x.prompts, x.completions)]
         assert ends == [total, total, *regions]
         assert x.completions.stop == total
-        for spans in (x.alone, x.towards):
+        for spans in (x.self_attention, x.prefix_attention):
             for end, longest in ((spans.query, spans.longest_query), (spans.key, spans.longest_key)):
                 lengths = end.diff()
                 assert (lengths > 0).all()

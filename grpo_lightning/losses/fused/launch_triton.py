@@ -11,7 +11,7 @@ from triton import knobs
 from grpo_lightning.losses import AGGREGATIONS, KL_ESTIMATORS, LossConfig, surrogates
 from grpo_lightning.losses.completion_sums import Segments
 from grpo_lightning.losses.fused.kernel_triton import loss_kernel
-from grpo_lightning.losses.fused.rules_triton import ESTIMATORS, LEVELS, MODES, OBJECTIVES, SPANS
+from grpo_lightning.losses.fused.rules_triton import ESTIMATORS, LEVELS, MODES, SPANS, SURROGATE_RULES
 from grpo_lightning.losses.fused.statistics import Counts, Reported, Sums, Weighed, statistics
 from grpo_lightning.losses.policy_loss import LossGrad
 from grpo_lightning.packing.batch import RolloutBatch
@@ -64,9 +64,9 @@ class Rules(NamedTuple):
 
 def why_not(config: LossConfig) -> str | None:
     """Returns what of a resolved config the kernel does not cover, or None."""
-    objective = config.objective
+    objective = config.surrogate_row
     tables = {
-        "surrogate": (config.surrogate, OBJECTIVES),
+        "surrogate": (config.surrogate, SURROGATE_RULES),
         "ratio_level": (config.ratio_level, LEVELS),
         "kl_estimator": (config.kl_estimator, ESTIMATORS),
         "correction.level": (config.correction.level, SPANS),
@@ -87,7 +87,7 @@ class Choice(NamedTuple):
 
 def choose(config: LossConfig, batch: RolloutBatch) -> Choice:
     """Returns the device functions and flags for a resolved config that is covered."""
-    row, level = OBJECTIVES[str(config.surrogate)], LEVELS[str(config.ratio_level)]
+    row, level = SURROGATE_RULES[str(config.surrogate)], LEVELS[str(config.ratio_level)]
     correction, estimator = config.correction, str(config.kl_estimator)
     known = config.kl_coef != 0 and batch.ref_logprobs is not None
     rules = Rules(
@@ -100,7 +100,7 @@ def choose(config: LossConfig, batch: RolloutBatch) -> Choice:
     )
     flags = {
         "BYPASS": correction.bypass,
-        "FOLDED": config.objective.folds_correction,
+        "FOLDED": config.surrogate_row.folds_correction,
         "CORRECTED": config.kl_bias_correction and KL_ESTIMATORS[estimator].correctable,
         "TOP": config.top_entropy_quantile < 1,
         "SHARED": level.shared,
@@ -112,7 +112,7 @@ def choose(config: LossConfig, batch: RolloutBatch) -> Choice:
 def lacks(batch: RolloutBatch, config: LossConfig, entropy: Tensor | None, entropy_coef: float) -> bool:
     """Returns whether the loss cannot be computed from what is given; the twin says why."""
     return (
-        (config.objective.needs_old and batch.selected is None)
+        (config.surrogate_row.needs_old and batch.selected is None)
         or (config.top_entropy_quantile < 1 and batch.entropy_keep is None)
         or (config.kl_loss_coef != 0 and batch.ref_logprobs is None)
         or (entropy is None and entropy_coef != 0)
@@ -146,7 +146,7 @@ def policy_loss_grad(
 ) -> LossGrad:
     """As `fused.policy_loss_grad`, for a resolved config that is covered and at least one token, in fp32."""
     rules, flags = choose(config, batch)
-    row = OBJECTIVES[str(config.surrogate)]
+    row = SURROGATE_RULES[str(config.surrogate)]
     width = len(Sums._fields) + (0 if batch.sampler_logprobs is None else len(Weighed._fields))
     columns = logprobs.new_empty(len(batch.lengths), width)
     dlogprobs = torch.empty_like(logprobs, memory_format=torch.contiguous_format)
@@ -176,7 +176,7 @@ def policy_loss_grad(
 def _numbers(batch: RolloutBatch, config: LossConfig, kl_coef: float, entropy_coef: float) -> Numbers:
     low, high = config.clip_range
     count = batch.totals.tokens if batch.entropy_keep is None else batch.totals.entropy_tokens
-    own = OBJECTIVES[str(config.surrogate)].own(config)
+    own = SURROGATE_RULES[str(config.surrogate)].own(config)
     threshold = config.off_policy_threshold
     return Numbers(
         clip_low=1.0 - low,
@@ -198,7 +198,7 @@ def _data(logprobs: Tensor, batch: RolloutBatch, config: LossConfig, entropy: Te
     vectors = (
         logprobs.detach(), batch.old_logprobs, batch.sampler_logprobs, batch.ref_logprobs,
         None if entropy is None else entropy.detach(),
-        batch.selected if config.objective.needs_old else None, batch.entropy_keep, batch.advantages,
+        batch.selected if config.surrogate_row.needs_old else None, batch.entropy_keep, batch.advantages,
     )  # fmt: skip
     return Data(
         *(_plain(x) for x in vectors),

@@ -157,7 +157,7 @@ def _shape(c: LossConfig) -> tuple[float | None, ...]:
     return c.vespo_k_pos, c.vespo_lambda_pos, c.vespo_k_neg, c.vespo_lambda_neg
 
 
-OBJECTIVES: dict[str, Objective] = {
+SURROGATE_RULES: dict[str, Objective] = {
     "ppo_clip": Objective(ppo_clip, _clip),
     "reinforce": Objective(reinforce),
     "cispo": Objective(cispo, lambda c: (c.cispo_weight_min, c.cispo_weight_max), "cispo_clip_ratio"),

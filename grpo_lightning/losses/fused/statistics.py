@@ -7,7 +7,7 @@ from torch import Tensor
 
 from grpo_lightning.losses import LossConfig
 from grpo_lightning.losses.corrections import LEVELS, MODES
-from grpo_lightning.metrics.reduce import Stat, extreme, mean
+from grpo_lightning.metrics.reduce import Stat, mean, reduced
 
 
 class Sums(NamedTuple):
@@ -102,16 +102,16 @@ def statistics(
             ("region", sums.clipped, sums.clipped_mean),
         )
     }
-    stats["clip_ratio/low_min"] = extreme("min", least.least_low)
-    stats["clip_ratio/high_max"] = extreme("max", most.most_high)
-    stats["loss"] = extreme("sum", own[Sums._fields.index("loss")])
+    stats["clip_ratio/low_min"] = reduced("min", least.least_low)
+    stats["clip_ratio/high_max"] = reduced("max", most.most_high)
+    stats["loss"] = reduced("sum", own[Sums._fields.index("loss")])
     if reported is not None:
         per_completion = mean(sums.mark_mean, counts.present)
         stats[reported.name] = per_completion if reported.per_completion else mean(sums.mark, counts.tokens)
     optional = {
         "kl": ("kl", lambda: mean(sums.kl, counts.tokens)),
         "entropy": ("entropy", lambda: mean(sums.entropy, counts.tokens)),
-        "policy_loss": ("bonus", lambda: extreme("sum", own[Sums._fields.index("policy")])),
+        "policy_loss": ("bonus", lambda: reduced("sum", own[Sums._fields.index("policy")])),
         "off_policy/dropped_sequence_frac": (
             "off_policy",
             lambda: mean(sums.off_policy, counts.completions),
@@ -130,7 +130,7 @@ def _of_correction(parts: list[Tensor], counts: Counts, config: LossConfig) -> d
     stats = {
         "sampling/missing_logprob_frac": mean(sums.unknown, n),
         "sampling/sampling_logp_difference/mean": mean(sums.gap, sums.known),
-        "sampling/sampling_logp_difference/max": extreme("max", most.most_gap),
+        "sampling/sampling_logp_difference/max": reduced("max", most.most_gap),
         "sampling/prob_error": mean(sums.error, n),
         "sampling/ess": Stat("share", torch.stack([sums.c, sums.c_squared]), mean(0.0, n).weight),
         "sampling/dropped_token_frac": mean(sums.dropped, n),
@@ -141,6 +141,6 @@ def _of_correction(parts: list[Tensor], counts: Counts, config: LossConfig) -> d
         by_token = LEVELS[correction.level].per_token or MODES[str(correction.mode)].per_token
         name = "sampling/importance_sampling_ratio"
         stats[f"{name}/mean"] = mean(sums.c, n) if by_token else mean(sums.c_mean, counts.present)
-        stats[f"{name}/min"] = extreme("min", least.least_c)
-        stats[f"{name}/max"] = extreme("max", most.most_c)
+        stats[f"{name}/min"] = reduced("min", least.least_c)
+        stats[f"{name}/max"] = reduced("max", most.most_c)
     return stats

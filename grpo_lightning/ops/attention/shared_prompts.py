@@ -50,8 +50,8 @@ class SharedPrompts:
     Rows of filling look at filling and at nothing else.
     """
 
-    alone: Spans  # everything, onto itself
-    towards: Spans  # the completions of a group, onto its prompt
+    self_attention: Spans  # everything, onto itself
+    prefix_attention: Spans  # the completions of a group, onto its prompt
     prompts: slice  # rows of T' of the keys of `towards`
     completions: slice  # rows of T' of its queries, to the end of T'
     order: Tensor | None

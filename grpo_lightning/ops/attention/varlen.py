@@ -146,11 +146,11 @@ class _SharedPrompts(torch.autograd.Function):
     def forward(
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, layout: SharedPrompts, scale: float, kernels: Kernels
     ) -> Tensor:
-        out, lse = kernels.forward(q, k, v, layout.alone, scale)
+        out, lse = kernels.forward(q, k, v, layout.self_attention, scale)
         c, p = layout.completions, layout.prompts
         mass = None
         if c.start < c.stop:
-            more, mass = kernels.forward(q[c], k[p], v[p], layout.towards, scale)
+            more, mass = kernels.forward(q[c], k[p], v[p], layout.prefix_attention, scale)
             kernels.merge(out[c], lse[:, c], more, mass)
         ctx.save_for_backward(q, k, v, out, lse, mass)
         ctx.call = (layout, scale, kernels)
@@ -162,10 +162,10 @@ class _SharedPrompts(torch.autograd.Function):
         q, k, v, out, lse, mass = ctx.saved_tensors
         layout, scale, kernels = ctx.call
         dout = dout.contiguous()
-        dq, dk, dv = kernels.backward(dout, q, k, v, out, lse, layout.alone, scale)
+        dq, dk, dv = kernels.backward(dout, q, k, v, out, lse, layout.self_attention, scale)
         c, p = layout.completions, layout.prompts
         if mass is not None:
-            parts = kernels.backward(dout[c], q[c], k[p], v[p], out[c], mass, layout.towards, scale)
+            parts = kernels.backward(dout[c], q[c], k[p], v[p], out[c], mass, layout.prefix_attention, scale)
             for whole, rows, part in zip((dq, dk, dv), (c, p, p), parts, strict=True):
                 whole[rows] += part
         return dq, dk, dv, None, None, None

@@ -44,11 +44,11 @@ class Logits:
     kernels: ModuleType
 
     def scale_rows(self, u: Tensor, g: Tensor) -> Tensor:
-        """As `head.Way` says."""
+        """As `LMHeadBackend` says."""
         return self.kernels.scale_rows(u, g)
 
     def scores(self, x: Inputs, want_u: bool) -> Scores:
-        """As `head.Way` says."""
+        """As `LMHeadBackend` says."""
         logp, entropy = torch.empty_like(x.tau), torch.empty_like(x.tau)
         u = new_rows(x) if want_u else None
         for at, z, q in chunks(x):
@@ -62,7 +62,7 @@ class Logits:
     def gradient_rows(
         self, x: Inputs, found: Scores, g: Tensor, e: Tensor | None
     ) -> Iterator[tuple[slice, Tensor]]:
-        """As `head.Way` says; logits say all anew, so `found` is not needed."""
+        """As `LMHeadBackend` says; logits say all anew, so `found` is not needed."""
         g, e = g.contiguous(), None if e is None else e.contiguous()
         for at, z, q in chunks(x):
             mine = None if e is None else e[at]

@@ -43,24 +43,24 @@ def _loadable(x: Tensor) -> bool:
 
 
 @dataclass(frozen=True, slots=True)
-class Exponentials:
+class FusedGemmHead:
     """The way; `otherwise` takes calls whose numbers leave the range."""
 
     otherwise: Logits
 
     def scale_rows(self, u: Tensor, g: Tensor) -> Tensor:
-        """As `head.Way` says."""
+        """As `LMHeadBackend` says."""
         return self.otherwise.scale_rows(u, g)
 
     def scores(self, x: Inputs, want_u: bool) -> Scores:
-        """As `head.Way` says."""
+        """As `LMHeadBackend` says."""
         found = _scores(x, want_u)
         return self.otherwise.scores(x, want_u) if found is None else found
 
     def gradient_rows(
         self, x: Inputs, found: Scores, g: Tensor, e: Tensor | None
     ) -> Iterator[tuple[slice, Tensor]]:
-        """As `head.Way` says; nothing leaves the range here, since the reference is the log-sum-exp.
+        """As `LMHeadBackend` says; nothing leaves the range here, since the reference is the log-sum-exp.
 
         With log p_i = t ln 2: p_i (g + e (log p_i + H)) slope, negative, for all but the own column.
         """

@@ -7,7 +7,7 @@ so the forward builds U [N, H] while a chunk of the vocabulary is at hand, and t
 rows: two matrix multiplies for forward and backward, whatever the loss. A trainable head, and a gradient
 through the entropies, go through the vocabulary again in the backward.
 
-Two ways lead through the vocabulary (`head.Way`): `fused_gemm.py` for bf16 on a GPU that loads tiles by
+Two ways lead through the vocabulary (`LMHeadBackend`): `fused_gemm.py` for bf16 on a GPU that loads tiles by
 itself, where a GEMM ends in exponentials and no logits are written; `chunked_logits.py` for all else.
 """
 
@@ -19,7 +19,7 @@ from torch.autograd.function import once_differentiable
 
 from grpo_lightning.ops.lm_head import rows as torch_twin
 from grpo_lightning.ops.lm_head.chunked_logits import Logits
-from grpo_lightning.ops.lm_head.rows import Head, Inputs, Scores, Way
+from grpo_lightning.ops.lm_head.rows import Head, Inputs, LMHeadBackend, Scores
 from grpo_lightning.ops.matmul import wide_product
 from grpo_lightning.utils.dispatch import use_triton
 
@@ -59,16 +59,16 @@ def fused_linear_logprobs(
     if not isinstance(temperature, Tensor) and temperature <= 0:
         raise ValueError(f"temperature is {temperature}; log-probabilities need one above 0")
     tau = temperatures(temperature, hidden)
-    way = _way(hidden, weight, backend if tau.dtype == torch.float32 else "torch")
-    call, ids = Call(Head(softcap, logit_scale), chunk_rows, way), ids.contiguous()
+    chosen = _head_backend(hidden, weight, backend if tau.dtype == torch.float32 else "torch")
+    call, ids = Call(Head(softcap, logit_scale), chunk_rows, chosen), ids.contiguous()
     head_trains = weight.requires_grad or (bias is not None and bias.requires_grad)
     with torch.autocast(hidden.device.type, enabled=False):
         if torch.is_grad_enabled() and (head_trains or (entropy_grad and hidden.requires_grad)):
-            logp, entropy = _Again.apply(hidden, weight, bias, ids, tau, call)  # pyright: ignore
+            logp, entropy = _RecomputedGrad.apply(hidden, weight, bias, ids, tau, call)  # pyright: ignore
         elif torch.is_grad_enabled() and hidden.requires_grad:
-            logp, entropy = _Ahead.apply(hidden, weight, bias, ids, tau, call)  # pyright: ignore
+            logp, entropy = _PrecomputedGrad.apply(hidden, weight, bias, ids, tau, call)  # pyright: ignore
         else:
-            logp, entropy, *_ = way.scores(call.on(hidden, weight, bias, ids, tau), want_u=False)
+            logp, entropy, *_ = chosen.scores(call.on(hidden, weight, bias, ids, tau), want_u=False)
     return logp, entropy if entropy_grad else entropy.detach()
 
 
@@ -80,14 +80,14 @@ def temperatures(temperature: float | Tensor, hidden: Tensor) -> Tensor:
     return torch.full((hidden.shape[0],), temperature, dtype=wide, device=hidden.device)
 
 
-def _way(hidden: Tensor, weight: Tensor, backend: str) -> Way:
+def _head_backend(hidden: Tensor, weight: Tensor, backend: str) -> LMHeadBackend:
     if not use_triton(hidden.device, backend):
         return Logits(torch_twin)
     from grpo_lightning.ops.lm_head import fused_gemm as head_gemm
     from grpo_lightning.ops.lm_head import rows_triton as head_triton
 
     logits = Logits(head_triton)
-    return head_gemm.Exponentials(logits) if head_gemm.suits(hidden, weight) else logits
+    return head_gemm.FusedGemmHead(logits) if head_gemm.suits(hidden, weight) else logits
 
 
 class Call(NamedTuple):
@@ -95,23 +95,23 @@ class Call(NamedTuple):
 
     head: Head
     rows: int | None
-    way: Way
+    backend: LMHeadBackend
 
     def on(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor, tau: Tensor) -> Inputs:
         """Returns the whole call."""
         return Inputs(hidden, weight, bias, ids, tau, self.head, self.rows)
 
 
-class _Ahead(torch.autograd.Function):
+class _PrecomputedGrad(torch.autograd.Function):
     """A frozen head: the forward builds d logp / d hidden, which the backward scales."""
 
     @staticmethod
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor, tau: Tensor, call: Call
     ) -> tuple[Tensor, Tensor]:
-        logp, entropy, u, k = call.way.scores(call.on(hidden, weight, bias, ids, tau), want_u=True)
+        logp, entropy, u, k = call.backend.scores(call.on(hidden, weight, bias, ids, tau), want_u=True)
         ctx.save_for_backward(u, k)
-        ctx.scale = call.way.scale_rows
+        ctx.scale = call.backend.scale_rows
         ctx.mark_non_differentiable(entropy)
         ctx.set_materialize_grads(False)
         return logp, entropy
@@ -125,14 +125,14 @@ class _Ahead(torch.autograd.Function):
         return ctx.scale(u, g if k is None else g * k), None, None, None, None, None
 
 
-class _Again(torch.autograd.Function):
+class _RecomputedGrad(torch.autograd.Function):
     """The backward goes through the vocabulary again, for gradients that only it can know."""
 
     @staticmethod
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor, tau: Tensor, call: Call
     ) -> tuple[Tensor, Tensor]:
-        logp, entropy, *_ = call.way.scores(call.on(hidden, weight, bias, ids, tau), want_u=False)
+        logp, entropy, *_ = call.backend.scores(call.on(hidden, weight, bias, ids, tau), want_u=False)
         ctx.save_for_backward(hidden, weight, bias, ids, tau, logp, entropy)
         ctx.call = call
         ctx.set_materialize_grads(False)
@@ -148,7 +148,7 @@ class _Again(torch.autograd.Function):
         dw = torch.zeros_like(weight, dtype=tau.dtype) if want_w else None
         db = torch.zeros_like(bias, dtype=tau.dtype) if want_b else None
         x, found = call.on(hidden, weight, bias, ids, tau), Scores(logp, entropy)
-        for at, q in call.way.gradient_rows(x, found, torch.zeros_like(tau) if g is None else g, e):
+        for at, q in call.backend.gradient_rows(x, found, torch.zeros_like(tau) if g is None else g, e):
             if dh is not None:
                 torch.mm(q, weight, out=dh[at])
             if dw is not None:

@@ -57,7 +57,7 @@ def new_rows(x: Inputs) -> Tensor:
     return torch.empty(x.hidden.shape, dtype=x.hidden.dtype, device=x.hidden.device)
 
 
-class Way(Protocol):
+class LMHeadBackend(Protocol):
     """A way through the vocabulary, chunk by chunk: `chunked_logits.py`, `fused_gemm.py`."""
 
     def scale_rows(self, u: Tensor, g: Tensor) -> Tensor:
@@ -77,7 +77,7 @@ class Way(Protocol):
 
         Args:
             x: the call.
-            found: what `scores` gave, by whichever way.
+            found: what `scores` gave, by whichever backend.
             g: [N].
             e: [N]; None is 0.
         """
