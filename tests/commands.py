@@ -6,11 +6,14 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import traceback
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
+
+from tqdm import tqdm
 
 
 class Ended(NamedTuple):
@@ -92,6 +95,19 @@ def small_config(
     }
 
 
+def fork() -> int:
+    """Returns as `os.fork`; the child ends with this process, so that a test that fails leaves nothing.
+
+    The child's progress bars get a lock of their own: tqdm's is shared by all forks, and a process that is
+    killed inside it would leave every other one waiting.
+    """
+    child = os.fork()
+    if child == 0:
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+        tqdm.set_lock(threading.RLock())
+    return child
+
+
 def leave_with(main: Callable[[list[str]], int], argv: list[str]) -> NoReturn:
     """Ends this forked process as `grpo-lightning ARGV` ends."""
     code = 1
@@ -133,11 +149,8 @@ def _serve() -> None:
             print(os.waitstatus_to_exitcode(os.waitpid(args, 0)[1]), flush=True)
             continue
         cwd, environment, *files = rest
-        child = os.fork()
+        child = fork()
         if child == 0:
-            ctypes.CDLL(None).prctl(
-                1, signal.SIGKILL
-            )  # ends with the server: a test that fails leaves nothing
             os.chdir(cwd)
             os.environ.update(environment)
             for number, file in enumerate(files, start=1):

@@ -19,7 +19,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from commands import leave_with
+from commands import fork, leave_with
 
 os.environ.update(
     OMP_NUM_THREADS="1",
@@ -261,7 +261,7 @@ def run_case(case: Case, folder: Path, settings: dict[str, Any]) -> Result:
         put(config, key, copy.deepcopy(value))
     (inputs / "config.yaml").write_text(yaml.safe_dump(config, allow_unicode=True), encoding="utf-8")
     began = time.monotonic()
-    child = os.fork()
+    child = fork()
     if child == 0:
         _child(["fit", "--config", str(inputs / "config.yaml"), *case.flags], place, inputs)
     status = _wait(child, began + LIMIT)

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy
 import torch
+from commands import fork
 from fits import data, long, module, rollout, trainer, vowels
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.loggers.logger import Logger
@@ -185,7 +186,7 @@ def launch(
         port = probe.getsockname()[1]
     pids = []
     for rank in range(kind.ranks):
-        pid = os.fork()
+        pid = fork()
         if pid == 0:
             _child(model, kind, root, number, resume, rank, port, operations)
         pids.append(pid)

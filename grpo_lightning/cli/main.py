@@ -244,7 +244,7 @@ def find_config(name: str) -> Path:
 
 def config_root() -> Path:
     """Returns the folder of shipped configs: in the package, or in a checkout beside it."""
-    here = Path(__file__).parent
+    here = Path(__file__).parents[1]
     return here / "configs" if (here / "configs").is_dir() else here.parent / "configs"
 
 

@@ -24,7 +24,8 @@ pytorch_lightning ray requests rich ruamel s3fs safetensors scipy sentence_trans
 setuptools sh skops sklearn sqlalchemy submitit sympy tensorboard tensorflow tokenizers toolz torch
 torchaudio torchdata torchgen torchvision transformers triton trl unsloth urllib3 uvicorn virtualenv vllm
 wandb werkzeug xarray yaml zmq
-grpo_lightning.__main__ grpo_lightning.cli grpo_lightning.policy grpo_lightning.utils
+grpo_lightning.__main__ grpo_lightning.cli grpo_lightning.policy.loading grpo_lightning.policy.model_source
+grpo_lightning.utils
 """
 
 CLOSED = frozenset(sys.stdlib_module_names) | frozenset(_LIBRARIES.split())

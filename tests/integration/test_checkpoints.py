@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from commands import command
+from commands import command, fork
 from fits import data, module, rollout, rows_of, same_bits, trainer, weights
 from killed import Operations
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
@@ -102,7 +102,7 @@ def operations_of(save, folder, before, content):
     """The list of file operations of one save."""
     shutil.copytree(before, folder)
     read, write = os.pipe()
-    if os.fork() == 0:
+    if fork() == 0:
         hooks = Operations()
         hooks.install()
         hooks.active = True
@@ -131,7 +131,7 @@ def test_a_kill_at_every_file_operation(content, tmp_path, name):
     for kill_at in [*others, *writes[::60], len(operations)]:
         folder = tmp_path / str(kill_at)
         shutil.copytree(before, folder)
-        pid = os.fork()
+        pid = fork()
         if pid == 0:
             hooks = Operations(kill_at)
             hooks.install()
@@ -179,7 +179,7 @@ def test_a_missing_or_foreign_adapter_is_written_again(content, tmp_path):
 def limited(bytes_, action):
     """Runs `action` in a process whose files may have so many bytes; returns what it says of its end."""
     read, write = os.pipe()
-    pid = os.fork()
+    pid = fork()
     if pid == 0:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (bytes_, bytes_))
@@ -330,7 +330,7 @@ def test_a_second_run_in_a_folder_is_refused_before_it_loads_a_model(model_folde
             os.write(write, b".")
             signal.pause()
 
-    first = os.fork()
+    first = fork()
     if first == 0:
         trainer(tmp_path / "a", rollout(), saver(), Told()).fit(module(model_folder), data())
         os._exit(0)
@@ -439,7 +439,7 @@ def test_a_run_that_is_stopped_before_its_first_step_logs_the_steps_of_the_whole
         os.kill(os.getpid(), signal.SIGTERM)
         return [0.0] * len(completions)
 
-    pid = os.fork()
+    pid = fork()
     if pid == 0:
         try:
             t = trainer(root / "a", rollout(reward_funcs=[stops]), ModelCheckpoint(root / "ckpt", **saver))

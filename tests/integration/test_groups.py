@@ -1,7 +1,6 @@
 """Rewards beside decoding, and prompts that stand in for groups without signal."""
 
 import threading
-import time
 
 import pytest
 import torch
@@ -41,8 +40,12 @@ def test_overlap_changes_nothing_but_the_calls(model_folder, tmp_path):
         assert a == b
 
 
-class Slow(HFEngine):
-    """Ends its groups one after the other."""
+class OneByOneEngine(HFEngine):
+    """Ends its groups one by one; with `asked`, each once the rewards of the one before were called."""
+
+    def __init__(self, asked=None):
+        super().__init__()
+        self.asked = asked
 
     def session(self, sampling):
         return OneByOne(self, sampling)
@@ -50,7 +53,7 @@ class Slow(HFEngine):
 
 class OneByOne:
     def __init__(self, engine, sampling):
-        self.engine, self.sampling, self.waiting = engine, sampling, []
+        self.engine, self.sampling, self.waiting, self.ended = engine, sampling, [], 0
 
     @property
     def busy(self):
@@ -60,7 +63,9 @@ class OneByOne:
         self.waiting += requests
 
     def step(self):
-        time.sleep(0.2)
+        if self.ended and self.engine.asked is not None:
+            assert self.engine.asked.acquire(timeout=60), "no reward was called while a group was decoded"
+        self.ended += 1
         request = self.waiting.pop()
         return [(request, self.engine.generate([request], self.sampling)[0])]
 
@@ -69,18 +74,16 @@ class OneByOne:
 
 
 def test_rewards_run_while_other_groups_are_decoded(model_folder, tmp_path):
-    def slow(completions, **_):
-        time.sleep(0.2)
+    asked = threading.Semaphore(0)
+
+    def signals(completions, **_):
+        asked.release()
         return vowels(completions)
 
-    first = fit(model_folder, tmp_path / "a", reward_funcs=[slow], overlap_rewards=True, steps=1)
-    began = time.perf_counter()
-    second = fit(
-        model_folder, tmp_path / "b", reward_funcs=[slow], overlap_rewards=True, steps=1, engine=Slow()
-    )
-    (row,) = [r for r in rows_of(tmp_path / "b") if r["time/generate"]]
-    assert time.perf_counter() > began
-    assert float(row["time/generate"]) < 1.5  # one after the other they would take 4 x (0.2 + 0.2) and more
+    options = {"reward_funcs": [signals], "overlap_rewards": True, "steps": 1}
+    first = fit(model_folder, tmp_path / "a", **options)
+    asked = threading.Semaphore(0)
+    second = fit(model_folder, tmp_path / "b", engine=OneByOneEngine(asked), **options)
     assert first.keys() == second.keys()
     for k in first:
         torch.testing.assert_close(first[k], second[k], atol=1e-4, rtol=0)
@@ -126,7 +129,7 @@ def test_replacement_is_bounded(model_folder, tmp_path):
 TAKEN = {}
 
 
-@pytest.mark.parametrize("engine", [HFEngine, Slow])
+@pytest.mark.parametrize("engine", [HFEngine, OneByOneEngine])
 def test_a_rollout_does_not_depend_on_which_group_ends_first(model_folder, tmp_path, engine):
     options = {
         "reward_funcs": [picky],
