@@ -76,15 +76,24 @@ def layer_missing(policy: Policy) -> Iterator[None]:
 
 
 @contextmanager
-def wrong_scaling(policy: Policy) -> Iterator[None]:
-    """alpha instead of alpha / r."""
+def _scaled(policy: Policy, factor: Callable[[int], int]) -> Iterator[None]:
     adapted = [m for m in policy.modules() if isinstance(getattr(m, "scaling", None), dict)]
     before = [dict(m.scaling) for m in adapted]
     for m in adapted:
-        m.scaling = {name: s * m.r[name] for name, s in m.scaling.items()}
+        m.scaling = {name: s * factor(m.r[name]) for name, s in m.scaling.items()}
     yield
     for m, scaling in zip(adapted, before, strict=True):
         m.scaling = scaling
+
+
+def wrong_scaling(policy: Policy):
+    """alpha instead of alpha / r."""
+    return _scaled(policy, lambda r: r)
+
+
+def adapter_twice(policy: Policy):
+    """In the base and beside it, as after a resume from a merged checkpoint (ms-swift#8233)."""
+    return _scaled(policy, lambda r: 2)
 
 
 @contextmanager
@@ -132,5 +141,14 @@ def in_4_bit(policy: Policy):
 
 SICKNESSES = {
     f.__name__: f
-    for f in (adapter_off, layer_missing, wrong_scaling, q_and_k_exchanged, rope_base, in_fp8, in_4_bit)
+    for f in (
+        adapter_off,
+        adapter_twice,
+        layer_missing,
+        wrong_scaling,
+        q_and_k_exchanged,
+        rope_base,
+        in_fp8,
+        in_4_bit,
+    )
 }

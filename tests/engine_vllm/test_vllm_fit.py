@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from fits import data, module, rollout, rows_of, same_bits, trainer, weights
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from models import save_tiny
 from serving import SHAPE
 
@@ -22,14 +22,31 @@ def engine(**options):
     return VLLMEngine(**{"max_num_seqs": 32, "max_model_len": 64, **options})
 
 
+class FrozenBase(Callback):
+    """Keeps what does not train, before and after."""
+
+    def on_train_start(self, trainer, pl_module):
+        self.before = self.weights(pl_module)
+
+    def on_train_end(self, trainer, pl_module):
+        self.after = self.weights(pl_module)
+
+    def weights(self, m):
+        return {n: p.clone() for n, p in m.policy.named_parameters() if not p.requires_grad}
+
+
 def worst(rows, name):
     return max(float(r[name]) for r in rows if r[name])
 
 
 @pytest.mark.parametrize("sync", ["adapter", "merge"])
 def test_reward_rises_and_the_policies_stay_one(folder, tmp_path, sync):
+    """And fifteen merges into the engine's weights leave no bit of the trainer's base changed (trl#6688)."""
+    base = FrozenBase()
     callback = rollout(num_generations=8, engine=engine(sync=sync))
-    trainer(tmp_path, callback, max_steps=15).fit(module(folder), data())
+    trainer(tmp_path, callback, base, max_steps=15).fit(module(folder), data())
+    assert base.before
+    assert same_bits(base.before, base.after)
     rows = [r for r in rows_of(tmp_path) if r["reward"]]
     rewards = [float(r["reward"]) for r in rows]
     assert len(rewards) == 15
