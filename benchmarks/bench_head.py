@@ -1,6 +1,6 @@
 """The LM head's log-probabilities, forward and backward with a frozen head, beside other libraries' heads.
 
-python benchmarks/bench_head.py                  # one GPU, the sizes of docs/performance.md
+python benchmarks/bench_head.py                  # one GPU, the sizes of docs/performance_results.md
 python benchmarks/bench_head.py --small          # a CPU, to see that it runs
 """
 

@@ -1,4 +1,4 @@
-"""Writes docs/performance.md and its plot from benchmarks/results; run after a benchmark: `python docs/make_performance.py`."""
+"""Writes docs/performance_results.md and its plot from benchmarks/results; run after a benchmark: `python docs/make_performance.py`."""
 
 import json
 from pathlib import Path
@@ -174,7 +174,9 @@ def main() -> None:
     s = latest("head")["setting"]
     plot()
     learning()
-    (HERE / "performance.md").write_text(f"""# Performance
+    (HERE / "performance_results.md").write_text(f"""# Performance: all results
+
+[performance.md](performance.md) is the summary.
 
 Written by `python docs/make_performance.py` from `benchmarks/results`. {s["device"]}, one machine on {s["date"]}; python {s["python"]}, torch {s["torch"]}, triton {s["triton"]},
 transformers {s["transformers"]}, peft {s["peft"]}, trl {s["trl"]}, liger-kernel {s["liger-kernel"]}. Each table is one run, medians; ratios across tables mean nothing.
