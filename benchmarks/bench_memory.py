@@ -12,10 +12,8 @@ import torch
 from measure import parser, race, save, setting, table
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
-from tiny import tiny_tokenizer
-from workloads import SHAPES, make_model
+from workloads import SHAPES, TOKENIZER, make_model
 
 from grpo_lightning.kernels.config import KernelConfig
 from grpo_lightning.losses import LossConfig
@@ -47,7 +45,7 @@ def one_long(length: int, vocabulary: int) -> RolloutBatch:
 def measure(shape: str, lengths: list[int], device: torch.device, repeats: int) -> dict[str, Any]:
     """Returns a row per length and way of holding activations."""
     model = make_model(shape, device, four_bit=True)
-    policy = Policy(model, tiny_tokenizer())
+    policy = Policy(model, TOKENIZER)
     on = "on" if device.type == "cuda" else "off"
     policy.prepare(KernelConfig(head=on, attention=on, lora="on", compile="off"), device)
     rows: dict[str, Any] = {}

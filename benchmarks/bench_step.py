@@ -19,10 +19,8 @@ import torch
 from measure import parser, race, save, setting, table
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
-from tiny import tiny_tokenizer
-from workloads import SHAPES, WORKLOADS, floor_ms, make_model, make_rollout
+from workloads import SHAPES, TOKENIZER, WORKLOADS, floor_ms, make_model, make_rollout
 
 from grpo_lightning.kernels.config import KernelConfig
 from grpo_lightning.losses import LossConfig
@@ -110,13 +108,13 @@ def measure(
         del run_trl
     model = make_model(shape, device)
     chosen, reference = dict(OFF), None
-    policy = Policy(model, tiny_tokenizer())
+    policy = Policy(model, TOKENIZER)
     for piece in PIECES:
         chosen |= piece.kernels
         if any(word in piece.name for word in without):
             continue
         policy.prepared.restore()
-        policy = Policy(model, tiny_tokenizer())
+        policy = Policy(model, TOKENIZER)
         policy.padded_reason = "asked for" if piece.layout == "padded" else None
         if piece.layout == "padded":
             policy._set_attention("sdpa")

@@ -3,6 +3,7 @@
 import math
 import random
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -10,6 +11,8 @@ import torch
 from grpo_lightning.packing.batch import RolloutBatch
 from grpo_lightning.types import Completion
 
+TOKENIZER = SimpleNamespace(pad_token_id=0, eos_token_id=1)
+"""what a `Policy` asks of a tokenizer while it trains"""
 SHAPES: dict[str, dict[str, int]] = {
     "0.5B": {"hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24,
              "num_attention_heads": 14, "num_key_value_heads": 2, "vocab_size": 151_936},

@@ -6,9 +6,7 @@ import os
 import resource
 import shutil
 import signal
-import sys
 from datetime import timedelta
-from pathlib import Path
 
 import pytest
 import torch
@@ -24,8 +22,6 @@ from grpo_lightning.engines import HFEngine
 from grpo_lightning.errors import CheckpointError, ConfigError
 from grpo_lightning.utils.atomic_files import STRAY
 from grpo_lightning.utils.checked_files import load_sealed, read_seal, verify
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
 
 @pytest.fixture(scope="module")
@@ -456,7 +452,7 @@ def test_a_run_that_is_stopped_before_its_first_step_logs_the_steps_of_the_whole
 
 
 def test_a_short_soak(tmp_path):
-    """Ten of the kills of `python benchmarks/soak.py`, two ranks and full fine-tuning among them."""
+    """Ten of the kills of `python tests/soak.py`, two ranks and full fine-tuning among them."""
     import soak
 
     assert soak.main(["--kills", "10", "--kinds", "3", "--out", str(tmp_path)]).wrong == []

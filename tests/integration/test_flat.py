@@ -1,13 +1,7 @@
-"""Memory, file handles and threads stay flat: the short form of benchmarks/flat.py."""
-
-import sys
-from pathlib import Path
-
-import pytest
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+"""Memory, file handles and threads stay flat: the short form of tests/flat.py."""
 
 import flat
+import pytest
 
 
 def test_a_hundred_steps_are_flat(model_folder, tmp_path):

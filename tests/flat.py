@@ -1,6 +1,6 @@
 """Does a long run keep its size? Memory, file handles and threads of 1,000 steps of a tiny model.
 
-    python benchmarks/flat.py [--steps 1000]
+    python tests/flat.py [--steps 1000]
 
 The run has what long runs have: logger, sample tables, recordings, checkpoints, validation, alarms. It is
 flat if, after a warm-up, the number of file handles and threads does not grow, and resident memory by less
@@ -15,7 +15,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
