@@ -11,7 +11,7 @@ from lightning.pytorch.callbacks import Callback, EarlyStopping, LearningRateMon
 from lightning.pytorch.loggers import CSVLogger
 
 from grpo_lightning import GRPOModule, PromptDataModule, RolloutCallback, SamplingParams
-from grpo_lightning.callbacks import SampleTable
+from grpo_lightning.callbacks import RunReport, SampleTable
 from grpo_lightning.checkpoints import AdapterCheckpointIO
 from grpo_lightning.losses import LossConfig
 from grpo_lightning.policy.model_source import EMBEDDED_MODEL
@@ -62,6 +62,7 @@ def main(model_name: str = EMBEDDED_MODEL, steps: int = 5) -> pl.Trainer:
             EarlyStopping("val/reward", mode="max", patience=10, check_on_train_epoch_end=False),
             LearningRateMonitor(),
             SampleTable(every_n_steps=5, rows=2),
+            RunReport(),
             Timer(duration="00:01:00:00"),
             Announce(),
         ],

@@ -50,7 +50,10 @@ def fit(model, tmp_path, *args):
 def test_compose(model, tmp_path):
     out = run(sys.executable, str(ROOT / "examples" / "compose.py"), model, "3", cwd=tmp_path)
     assert "step 3: reward" in out
-    assert list((tmp_path / "runs" / "compose").rglob("last-adapter/adapter_model.safetensors"))
+    folder = tmp_path / "runs" / "compose"
+    assert list(folder.rglob("last-adapter/adapter_model.safetensors"))
+    assert (folder / "adapter" / "adapter_model.safetensors").is_file()
+    assert (folder / "reward.png").is_file()
 
 
 def test_custom_reward(model, tmp_path):
