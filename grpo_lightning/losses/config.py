@@ -1,6 +1,6 @@
 """`LossConfig`: a recipe's name and what is changed about it."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 from grpo_lightning.errors import ConfigError, choices, hinted
@@ -10,8 +10,7 @@ from grpo_lightning.losses.corrections import LEVELS, CorrectionConfig
 from grpo_lightning.losses.kl import KL_ESTIMATORS
 from grpo_lightning.losses.ratios import RATIO_LEVELS
 from grpo_lightning.losses.recipes import RECIPES, Recipe
-from grpo_lightning.losses.surrogate_table import SURROGATES, Surrogate, register_surrogate
-from grpo_lightning.utils.imports import import_object
+from grpo_lightning.losses.surrogate_table import SURROGATES, Surrogate, find_surrogate
 from grpo_lightning.utils.ranges import Bound, check_numbers
 
 COMMON_DEFAULTS: Mapping[str, float | str] = {
@@ -133,7 +132,7 @@ class LossConfig:
         """
         recipe = self.recipe
         parts = {name: getattr(recipe, name) for name in ("surrogate", "ratio_level", "aggregation")}
-        surrogate = SURROGATES.get(self.surrogate or recipe.surrogate)
+        surrogate = find_surrogate(self.surrogate or recipe.surrogate)
         defaults = {**COMMON_DEFAULTS, **recipe.defaults, **parts}
         if surrogate is not None:
             defaults = {**surrogate.defaults, **defaults}
@@ -142,20 +141,19 @@ class LossConfig:
 
     @property
     def recipe(self) -> Recipe:
-        """The row of `RECIPES`; made from the imported function where `name` is a user's own surrogate."""
+        """The row of `RECIPES`; one with the mean over tokens where `name` is a user's own surrogate."""
         if self.name not in RECIPES:
             if "." not in self.name:
                 raise ConfigError(f"model.loss.name is {choices(self.name, RECIPES)}")
-            if self.name not in SURROGATES:
-                function: Callable[..., object] = import_object(self.name, "model.loss.name")
-                register_surrogate(self.name)(function)  # pyright: ignore[reportArgumentType]  # checked by name
             return Recipe(surrogate=self.name, aggregation="token_mean", note="a user's own surrogate")
         return RECIPES[self.name]
 
     @property
     def surrogate_row(self) -> Surrogate:
-        """The row of `SURROGATES`."""
-        return SURROGATES[str(self.resolve().surrogate)]
+        """The row of `SURROGATES`, or the user's own."""
+        row = find_surrogate(str(self.resolve().surrogate))
+        assert row is not None  # checked when the config was made
+        return row
 
     @property
     def clip_range(self) -> tuple[float, float]:
@@ -221,8 +219,9 @@ class LossConfig:
         return [text for holds, text in cases if holds]
 
     def _check(self) -> None:
+        if find_surrogate(str(self.surrogate)) is None:
+            raise ConfigError(f"model.loss.surrogate is {choices(self.surrogate, SURROGATES)}")
         tables = {
-            "surrogate": SURROGATES,
             "ratio_level": RATIO_LEVELS,
             "aggregation": AGGREGATIONS,
             "kl_estimator": KL_ESTIMATORS,

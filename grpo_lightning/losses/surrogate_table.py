@@ -7,11 +7,13 @@ Any of `AVAILABLE` may be a parameter; most need `(ratio, advantages, logprobs, 
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 from torch import Tensor
 
 from grpo_lightning.errors import ConfigError, choices
+from grpo_lightning.utils.imports import import_object
 
 AVAILABLE = (
     "ratio",  # [N] of the ratio level
@@ -91,11 +93,30 @@ def register_surrogate(
     """
 
     def add(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        wants = tuple(inspect.signature(function).parameters)
-        for want in wants:
-            if want not in AVAILABLE:
-                raise ConfigError(f"surrogate {name!r} asks for the argument {choices(want, AVAILABLE)}")
-        SURROGATES[name] = Surrogate(function, wants, levels, formula, paper, **flags)
+        SURROGATES[name] = Surrogate(function, _parameters(name, function), levels, formula, paper, **flags)
         return function
 
     return add
+
+
+def find_surrogate(name: str) -> Surrogate | None:
+    """Returns a row of `SURROGATES`, or one made of your own function where `name` is an import path.
+
+    Raises:
+        ConfigError: nothing can be imported by that path, or it asks for something that is not available.
+    """
+    return SURROGATES.get(name) or (_imported(name) if "." in name else None)
+
+
+@cache
+def _imported(path: str) -> Surrogate:
+    function: Callable[..., Tensor] = import_object(path, "model.loss.name")
+    return Surrogate(function, _parameters(path, function), ALL_LEVELS, "", "")
+
+
+def _parameters(name: str, function: Callable[..., Tensor]) -> tuple[str, ...]:
+    wants = tuple(inspect.signature(function).parameters)
+    for want in wants:
+        if want not in AVAILABLE:
+            raise ConfigError(f"surrogate {name!r} asks for the argument {choices(want, AVAILABLE)}")
+    return wants

@@ -566,6 +566,18 @@ def test_a_surrogate_may_ask_for_nothing_unknown():
     assert "broken" not in SURROGATES
 
 
+def test_a_surrogate_of_ones_own_leaves_the_table_alone(tmp_path):
+    (tmp_path / "mine.py").write_text("def half(advantages, ratio):\n    return -0.5 * ratio * advantages\n")
+    before, path = dict(SURROGATES), f"{tmp_path / 'mine.py'}:half"
+    config = LossConfig(path)
+    assert config.surrogate_row.wants == ("advantages", "ratio")
+    assert (config.resolve().aggregation, config.resolve().surrogate) == ("token_mean", path)
+    assert value_and_grad(fixture(), config)[0] == pytest.approx(
+        0.5 * value_and_grad(fixture(), LossConfig("dapo", clip_low=1.0, clip_high=9.0))[0]
+    )
+    assert before == SURROGATES
+
+
 def test_loss_totals_do_not_depend_on_local_counts():
     t = LossTotals(tokens=10, sequences=4, groups=2, max_tokens=4)
     b = replace(fixture(), totals=t)
