@@ -388,7 +388,7 @@ def test_the_command_line_takes_the_newest_sound_one(model_folder, tmp_path):
     (tmp_path / "reward.py").write_text(
         "def size(completions, **_):\n    return [len(c) for c in completions]\n"
     )
-    folder = tmp_path / "ckpt"
+    folder = tmp_path / "runs" / "ckpt"
     saver = {"dirpath": str(folder), "filename": "{step}", "every_n_train_steps": 1, "save_top_k": -1}
     callback = {"class_path": "ModelCheckpoint", "init_args": {**saver, "save_last": True}}
     config = {

@@ -153,6 +153,7 @@ def test_other_rows_in_the_same_file_are_refused(model, tmp_path):
 
 
 def test_last_without_a_checkpoint_does_not_start_anew_and_writes_nothing(model, tmp_path):
+    tmp_path /= "runs/one"  # a folder of its own: runs beside it would be named
     config(
         model, tmp_path, trainer__callbacks=into_ckpt(tmp_path), trainer__max_steps=1, trainer__logger=True
     )

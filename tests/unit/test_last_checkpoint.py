@@ -91,7 +91,7 @@ def test_a_damaged_last_is_named_and_the_next_one_taken(tmp_path, recwarn):
 
 def test_last_without_one_is_an_error(tmp_path):
     with pytest.raises(ConfigError, match=r"last: there is no checkpoint in .*/none; name"):
-        resolve_last(trainer(tmp_path / "none"))
+        resolve_last(trainer(tmp_path / "runs" / "none"))
     (tmp_path / "last.ckpt").symlink_to("gone.ckpt")
     with pytest.raises(CheckpointError, match=r"last\.ckpt is a link to gone\.ckpt, which is gone"):
         resolve_last(trainer(tmp_path))
