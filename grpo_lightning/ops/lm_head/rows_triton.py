@@ -115,7 +115,7 @@ def score_rows(
     g: Tensor | None = None,
     e: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """As `logprobs.score_rows`, whose twin this is; `z` fp32."""
+    """As `rows.score_rows`, whose twin this is; `z` fp32."""
     logp, entropy = torch.empty_like(tau), torch.empty_like(tau)
     if not len(ids):
         return logp, entropy
