@@ -298,6 +298,10 @@ class RolloutCallback(Callback):
         """Samples and scores; `predict_step` returns the samples."""
         self.evaluate(trainer, pl_module, batch)
 
+    def on_load_checkpoint(self, trainer: pl.Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        """Keeps what a stop before the first step saves again."""
+        self._stopping.restore(checkpoint)
+
     def state_dict(self) -> dict[str, Any]:
         """Returns random states and the unused rest of the rollout, of every rank; plain types only."""
         parts = gather([batch_state(p) for p in self._micro_batches] if self._micro_batches else None)

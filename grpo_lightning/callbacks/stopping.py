@@ -66,6 +66,7 @@ class Stopping:
         self._watch: RankWatch | None = None
         self._listens = False
         self._first_step = 0
+        self._restored: dict[str, Any] | None = None
 
     def attach(self, trainer: pl.Trainer) -> None:
         """Takes the signals over; Lightning's handlers would wait for a rollout to end, and exit with 0."""
@@ -73,6 +74,10 @@ class Stopping:
             listen()
             self._listens = True
         trainer._signal_connector.register_signal_handlers = _leave_to_us
+
+    def restore(self, checkpoint: dict[str, Any]) -> None:
+        """Keeps the loops of the checkpoint that is resumed; by the start of training Lightning counts on."""
+        self._restored = deepcopy(checkpoint["loops"])
 
     def begin(self, trainer: pl.Trainer, rollout: "RolloutCallback") -> None:
         """Says that training starts: from here on there is something to lose."""
@@ -84,7 +89,8 @@ class Stopping:
     def note(self, trainer: pl.Trainer, rollout: "RolloutCallback") -> None:
         """Notes the end of an optimizer step, or the start of training."""
         data = getattr(trainer, "datamodule", None)
-        loops = deepcopy(trainer._checkpoint_connector._get_loops_state_dict())
+        loops = self._restored or deepcopy(trainer._checkpoint_connector._get_loops_state_dict())
+        self._restored = None
         if not loops["fit_loop"]["epoch_loop.batch_progress"]["total"]["ready"]:
             # A restart adds 1 for the step it is saved in; before the first there is none.
             loops["fit_loop"]["epoch_loop.state_dict"]["_batches_that_stepped"] = -1
@@ -152,6 +158,7 @@ class Stopping:
 
     def end(self) -> None:
         """Gives the signals back."""
+        self._restored = None
         if self._watch is not None:
             self._watch.close()
             self._watch = None

@@ -79,6 +79,26 @@ def test_a_signal_is_obeyed_at_once_and_nothing_is_lost(model, whole, tmp_path, 
     assert adapter(tmp_path) == whole
 
 
+@pytest.mark.parametrize("step", [2, 3])
+def test_a_stop_before_the_first_step_of_a_resumed_run_counts_nothing_twice(model, tmp_path, step):
+    """Step 3 ends an epoch, which Lightning counts as complete before a resumed run starts to train."""
+    saver = {"dirpath": str(tmp_path / "ckpt"), "every_n_train_steps": 1, "save_last": True}
+    changes: dict = {"rollout__engine": {"class_path": "mine.Slow"}}
+    callbacks = config(model, tmp_path, **changes)["trainer"]["callbacks"]
+    callbacks[0]["init_args"] = saver
+    config(model, tmp_path, **changes, trainer__callbacks=callbacks)
+    assert fit(tmp_path, "--trainer.max_steps", str(step)).code == 0
+    saved = torch.load(tmp_path / "ckpt" / "last.ckpt", weights_only=True)
+    run = begun(tmp_path, "--ckpt_path", "last", AT="1")
+    os.kill(run.pid, signal.SIGTERM)
+    assert run.wait().code == 143
+    stopped = torch.load(tmp_path / "ckpt" / "stopped.ckpt", weights_only=True)
+    assert stopped["loops"] == saved["loops"]
+    assert fit(tmp_path, "--ckpt_path", str(tmp_path / "ckpt" / "stopped.ckpt")).code == 0
+    end = torch.load(tmp_path / "ckpt" / "last.ckpt", weights_only=True)
+    assert (end["global_step"], end["epoch"]) == (4, 1)
+
+
 def test_the_second_ctrl_c_leaves_at_once(model, tmp_path):
     """Even a reward that catches everything."""
     config(model, tmp_path, rollout__reward_funcs=reward(tmp_path, "stubborn"))
