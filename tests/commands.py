@@ -13,7 +13,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
-from tqdm import tqdm
+import tqdm.asyncio
+import tqdm.auto
 
 
 class Ended(NamedTuple):
@@ -104,7 +105,9 @@ def fork() -> int:
     child = os.fork()
     if child == 0:
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-        tqdm.set_lock(threading.RLock())
+        lock = threading.RLock()
+        for bars in (tqdm.std.tqdm, tqdm.asyncio.tqdm, tqdm.auto.tqdm):  # each may have one
+            bars.set_lock(lock)
     return child
 
 

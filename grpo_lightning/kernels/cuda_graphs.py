@@ -173,12 +173,12 @@ class _Captured:
         pool: Any,
     ) -> None:
         self.inputs = [x.clone() for x in (ids, positions, *_ends(layout))]
-        ids, positions, alone, query, key = self.inputs
+        ids, positions, ends, query, key = self.inputs
         segments = _segments(layout)
         segments = replace(
             segments,
-            alone=segments.self_attention._replace(query=alone, key=alone),
-            towards=segments.prefix_attention._replace(query=query, key=key),
+            self_attention=segments.self_attention._replace(query=ends, key=ends),
+            prefix_attention=segments.prefix_attention._replace(query=query, key=key),
         )
         # without bounds, nothing can go group by group by what only this batch's host knows
         layout = replace(layout, bounds=None, shared=segments)

@@ -5,11 +5,15 @@ import io
 import os
 import pickle
 import random
+import threading
+import zipfile
+from collections import defaultdict
 
 import pytest
 import torch
 
 from grpo_lightning.errors import CheckpointError
+from grpo_lightning.utils import checked_files
 from grpo_lightning.utils.checked_files import Seal, load_sealed, peek, read_seal, verify, write_sealed
 
 SEAL = Seal(launch=7, step=3, resumable=True, adapter=False)
@@ -69,6 +73,22 @@ def test_two_flipped_bits_that_torch_loads(tmp_path):
     assert not torch.equal(loaded, torch.arange(40.0))
     with pytest.raises(CheckpointError, match="damaged: Bad CRC-32"):
         load_sealed(file)
+
+
+def test_threads_do_not_share_an_archive(tmp_path, monkeypatch):
+    """Python 3.12 seeks relative to where another thread has left the file."""
+    file = tmp_path / "x.ckpt"
+    torch.save([torch.ones(i) for i in range(500)], file)
+    threads, open_record = defaultdict(set), zipfile.ZipFile.open
+
+    def opened(archive, record):
+        threads[archive].add(threading.get_ident())
+        return open_record(archive, record)
+
+    monkeypatch.setattr(checked_files, "THREADS", 8)
+    monkeypatch.setattr(zipfile.ZipFile, "open", opened)
+    verify(file)
+    assert [len(of) for of in threads.values()] == [1] * 8
 
 
 @pytest.mark.parametrize("content", [b"", b"a text\n" * 100, pickle.dumps({"a": 1})])

@@ -54,6 +54,23 @@ def test_modules_stay_small(module):
             assert length - (doc.count("\n") + 1 if doc else 0) <= 60, f"{module}.{node.name}"
 
 
+def test_what_is_replaced_in_a_dataclass_or_named_tuple_is_a_field():
+    """No type checker looks at these names."""
+    trees = {name: ast.parse(path.read_text()) for name, path in modules().items()}
+    nodes = [(name, node) for name, tree in trees.items() for node in ast.walk(tree)]
+    classes = [node for _, node in nodes if isinstance(node, ast.ClassDef)]
+    fields = {ast.unparse(x.target) for c in classes for x in c.body if isinstance(x, ast.AnnAssign)}
+    calls = [
+        (name, node.lineno, keyword.arg)
+        for name, node in nodes
+        if isinstance(node, ast.Call) and ast.unparse(node.func).rpartition(".")[2] in {"replace", "_replace"}
+        for keyword in node.keywords
+        if keyword.arg is not None
+    ]
+    assert len(calls) > 30
+    assert [call for call in calls if call[2] not in fields] == []
+
+
 def test_no_loss_ladder():
     """A variant is a table row: no comparison with a name of a table."""
     from grpo_lightning.advantages import ADVANTAGES

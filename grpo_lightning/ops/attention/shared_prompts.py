@@ -52,7 +52,7 @@ class SharedPrompts:
 
     self_attention: Spans  # everything, onto itself
     prefix_attention: Spans  # the completions of a group, onto its prompt
-    prompts: slice  # rows of T' of the keys of `towards`
+    prompts: slice  # rows of T' of the keys of `prefix_attention`
     completions: slice  # rows of T' of its queries, to the end of T'
     order: Tensor | None
     """[T'] the row of the packed batch that stands in each row; None is one after the other"""
