@@ -91,8 +91,10 @@ class Completion:
 
     token_ids: list[int]
     logprobs: list[float] | None = None
-    """log-probability of each token under the sampler's distribution, in nats"""
+    """of each token under the sampler's distribution, in nats; any number where `loss_mask` is False"""
     finish_reason: Literal["stop", "length"] = "stop"
+    loss_mask: list[bool] | None = None
+    """which tokens were sampled and train; the others are context, as a tool's answer; None: all"""
 
 
 @dataclass(slots=True, kw_only=True)

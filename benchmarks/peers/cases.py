@@ -70,7 +70,7 @@ class Case:
         kept = self.kept
         return replace(
             packed,
-            advantages=self.advantages,
+            advantages=self.advantages[packed.sequence_ids],
             old_logprobs=None if self.old is None else self.old[kept],
             ref_logprobs=self.ref[kept],
             sampler_logprobs=self.sampler[kept],

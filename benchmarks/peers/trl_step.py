@@ -23,10 +23,11 @@ def _padded(rows: list[list[int]], width: int, left: bool, device: torch.device)
 def trl_inputs(batch: RolloutBatch, device: torch.device) -> dict[str, Tensor]:
     """Returns the padded form of a rollout, as TRL's trainer prepares it."""
     starts, flat, targets = batch.row_starts(), batch.input_ids.tolist(), batch.target_ids.tolist()
-    prompts, completions, at = [], [], 0
+    prompts, completions, advantages, at = [], [], [], 0
     for g, n in zip(batch.host_groups, batch.lengths, strict=True):
         prompts.append(flat[starts.prompts[g] : starts.prompts[g] + batch.prompt_lengths[g]])
         completions.append(targets[at : at + n])
+        advantages.append(float(batch.advantages[at]))
         at += n
     prompt_ids, prompt_mask = _padded(prompts, max(map(len, prompts)), True, device)
     completion_ids, completion_mask = _padded(completions, max(batch.lengths), False, device)
@@ -35,7 +36,7 @@ def trl_inputs(batch: RolloutBatch, device: torch.device) -> dict[str, Tensor]:
         "prompt_mask": prompt_mask,
         "completion_ids": completion_ids,
         "completion_mask": completion_mask,
-        "advantages": batch.advantages.to(device),
+        "advantages": torch.tensor(advantages, device=device),
         "num_items_in_batch": completion_mask.sum(),
     }
 

@@ -6,6 +6,7 @@ from typing import Any
 from grpo_lightning.engines.process_guard import restore_random_state
 from grpo_lightning.errors import ConfigError
 from grpo_lightning.packing.batch import LossTotals, RolloutBatch
+from grpo_lightning.packing.geometry import SequenceLayout
 from grpo_lightning.types import Truncation
 
 
@@ -13,13 +14,20 @@ def batch_state(batch: RolloutBatch) -> dict[str, Any]:
     """Returns a batch as a dict of tensors, tuples and numbers."""
     fields = {name: getattr(batch, name) for name in batch.__slots__}
     kept = None if batch.truncation is None else tuple(batch.truncation)
-    return {**fields, "totals": asdict(batch.totals), "truncation": kept}
+    layout = batch.sequence_layout
+    positions = [len(own) if isinstance(own, range) else list(own) for own in layout.loss_positions]
+    plain = (layout.prompt_lengths, positions, layout.host_groups)
+    return {**fields, "totals": asdict(batch.totals), "truncation": kept, "sequence_layout": plain}
 
 
 def restore_batch(state: dict[str, Any]) -> RolloutBatch:
     """Returns the batch that `batch_state` described."""
     kept = None if state["truncation"] is None else Truncation(*state["truncation"])
-    return RolloutBatch(**{**state, "totals": LossTotals(**state["totals"]), "truncation": kept})
+    prompts, positions, groups = state["sequence_layout"]
+    trained = tuple(range(own) if isinstance(own, int) else tuple(own) for own in positions)
+    layout = SequenceLayout(prompts, trained, groups)
+    totals = LossTotals(**state["totals"])
+    return RolloutBatch(**{**state, "totals": totals, "truncation": kept, "sequence_layout": layout})
 
 
 def restore(state: dict[str, Any], rank: int, world_size: int) -> list[RolloutBatch]:
@@ -33,6 +41,11 @@ def restore(state: dict[str, Any], rank: int, world_size: int) -> list[RolloutBa
         raise ConfigError(
             f"--ckpt_path was saved in the middle of a rollout by {len(saved)} ranks, now there are "
             f"{world_size}; resume with as many, or from the end of a rollout"
+        )
+    if any("sequence_layout" not in batch for parts in saved for batch in parts or ()):
+        raise ConfigError(
+            "--ckpt_path was saved in the middle of a rollout by an older grpo-lightning, which packed it "
+            "differently; resume from a checkpoint of the end of a rollout"
         )
     restore_random_state(state["random"][rank % len(state["random"])])
     return [restore_batch(p) for p in saved[rank % len(saved)] or []]

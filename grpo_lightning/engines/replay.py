@@ -28,11 +28,20 @@ def record(
 ) -> Path:
     """Writes one rollout of one rank, a row per completion; returns the file."""
     rows = [
-        (r.rollout_index, r.uid, i, r.prompt_ids, c.token_ids, c.logprobs, c.finish_reason)
+        (r.rollout_index, r.uid, i, r.prompt_ids, c.token_ids, c.logprobs, c.finish_reason, c.loss_mask)
         for r, group in zip(requests, completions, strict=True)
         for i, c in enumerate(group)
     ]
-    names = ("rollout_index", "uid", "sample", "prompt_ids", "token_ids", "logprobs", "finish_reason")
+    names = (
+        "rollout_index",
+        "uid",
+        "sample",
+        "prompt_ids",
+        "token_ids",
+        "logprobs",
+        "finish_reason",
+        "loss_mask",
+    )
     index = requests[0].rollout_index if requests else 0
     path = folder / f"rollout-{index:06d}-rank{rank}.parquet"
     write_parquet(path, dict(zip(names, map(list, zip(*rows, strict=True)), strict=True)) if rows else {})
@@ -65,7 +74,10 @@ class ReplayEngine:
 
         for row in pq.read_table(file).to_pylist():
             completion = Completion(
-                token_ids=row["token_ids"], logprobs=row["logprobs"], finish_reason=row["finish_reason"]
+                token_ids=row["token_ids"],
+                logprobs=row["logprobs"],
+                finish_reason=row["finish_reason"],
+                loss_mask=row.get("loss_mask"),
             )
             self._known[row["rollout_index"], row["uid"], row["sample"]] = (row["prompt_ids"], completion)
 

@@ -195,6 +195,13 @@ class LossConfig:
         """Whether something is chosen from the old policy's numbers of the whole window."""
         return self.surrogate_row.needs_old or self.top_entropy_quantile < 1
 
+    @property
+    def needs_completion_advantages(self) -> str | None:
+        """What needs one advantage for each completion, or None where each token may have its own."""
+        if self.ratio_level == "sequence":
+            return "ratio_level 'sequence'"
+        return f"surrogate {self.surrogate!r}" if self.surrogate_row.completion_advantages else None
+
     def cautions(self) -> list[str]:
         """Returns what is allowed but seldom meant, a sentence each."""
         aggregation = AGGREGATIONS[str(self.aggregation)]

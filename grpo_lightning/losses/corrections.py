@@ -163,7 +163,7 @@ def correction_weights(
 def off_policy_keep(
     logprobs: Tensor, old: Tensor, batch: RolloutBatch, segments: Segments, threshold: float
 ) -> tuple[Tensor, dict[str, Stat]]:
-    """Returns which tokens [N] stay: of completions with A >= 0 or a policy that moved little (2512.02556).
+    """Returns which tokens [N] stay: with A >= 0, or of completions whose policy moved little (2512.02556).
 
     Args:
         logprobs: [N] of the policy now, without gradient.
@@ -174,6 +174,7 @@ def off_policy_keep(
     """
     sampler = old if batch.sampler_logprobs is None else batch.sampler_logprobs
     sampler = torch.where(torch.isfinite(sampler), sampler, old)
-    keep = (batch.advantages >= 0) | (segments.mean(sampler - logprobs) <= threshold)
-    stats = {"off_policy/dropped_sequence_frac": segments.completion_mean((~keep).to(logprobs.dtype))}
-    return segments.spread(keep.to(logprobs.dtype)), stats
+    near = segments.spread(segments.mean(sampler - logprobs) <= threshold)
+    keep = ((batch.advantages >= 0) | near).to(logprobs.dtype)
+    stats = {"off_policy/dropped_sequence_frac": segments.completion_mean(segments.mean(1 - keep))}
+    return keep, stats

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple, TypedDict
 import torch
 from torch import Tensor
 
+from grpo_lightning.errors import ConfigError
 from grpo_lightning.losses.aggregations import AGGREGATIONS
 from grpo_lightning.losses.completion_sums import Segments
 from grpo_lightning.losses.config import LossConfig
@@ -65,6 +66,7 @@ def policy_loss(
 
     Raises:
         ValueError: the batch lacks what the config needs: `ref_logprobs`, an entropy, a selection.
+        ConfigError: advantages differ within completions, and the loss needs one for each.
     """
     config = config.resolve()
     segments = Segments.of(batch)
@@ -76,7 +78,7 @@ def policy_loss(
     weights = AGGREGATIONS[str(config.aggregation)].weights(segments, batch.totals).to(logprobs.dtype)
     sampled_by = logprobs.detach() if batch.old_logprobs is None else batch.old_logprobs
     correction, stats = correction_weights(sampled_by, batch, segments, config.correction)
-    advantages = segments.spread(batch.advantages.to(logprobs.dtype))
+    advantages = batch.advantages.to(logprobs.dtype)
     inputs: dict[str, Any] = {
         "ratio": ratio,
         "advantages": advantages,
@@ -88,6 +90,11 @@ def policy_loss(
         "segments": segments,
         "config": config,
     }
+    if batch.token_advantages and (reason := config.needs_completion_advantages):
+        raise ConfigError(
+            f"model.loss: {reason} needs one advantage for each completion, and this batch has one for each "
+            "token; take model.loss.name: dapo or another loss of tokens"
+        )
     if config.surrogate_row.needs_old and batch.selected is None:
         raise ValueError(f"{config.surrogate} needs the window's selection, made from old log-probabilities")
     objective = config.surrogate_row(**inputs)

@@ -48,6 +48,8 @@ class Surrogate:
     """published with the token's own ratio"""
     whole_groups: bool = False
     """returns one number for all groups, which must not be cut; divided by the window's groups"""
+    completion_advantages: bool = False
+    """needs one advantage for each completion"""
     needs_old: bool = False
     """needs log-probabilities from before the first update, for the whole window"""
     picks_at_random: bool = False

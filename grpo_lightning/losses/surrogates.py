@@ -75,6 +75,7 @@ def sapo(ratio: Tensor, advantages: Tensor, config: "LossConfig") -> Tensor:
     paper="2602.10693",
     folds_correction=True,
     still_at_zero=True,
+    completion_advantages=True,
 )
 def vespo(
     log_ratio: Tensor,
@@ -110,6 +111,7 @@ def vespo_phi(
     formula="-A exp(mean over the completion of e), e = d, clipped in log space where that is pessimistic",
     paper="2507.20673",
     still_at_zero=True,
+    completion_advantages=True,
 )
 def gmpo(log_ratio: Tensor, advantages: Tensor, segments: Segments, config: "LossConfig") -> Tensor:
     """Returns the geometric mean of token ratios, each clipped in log space."""
@@ -240,6 +242,7 @@ def fipo(
     formula="per group: log(1 + sum_{A>0} e^(-s/tau)) + log(1 + sum_{A<=0} e^(s/tau)), s = mean d",
     paper="2602.05630",
     whole_groups=True,
+    completion_advantages=True,
 )
 def real(log_ratio: Tensor, advantages: Tensor, segments: Segments, config: "LossConfig") -> Tensor:
     """Returns the sum over two-class groups of a classification loss on sequence scores, a scalar."""

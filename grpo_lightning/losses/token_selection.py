@@ -40,7 +40,7 @@ def choose_tokens(
     fields: dict[str, Tensor] = {}
     totals = parts[0].totals
     if config.surrogate_row.needs_old:
-        fields["selected"] = _select(parts, config, seed + parts[0].policy_version, gather, rank)
+        fields["selected"] = _select(parts, config, seed + max(p.newest_version for p in parts), gather, rank)
     if config.top_entropy_quantile < 1:
         entropies = torch.cat([require(p.old_entropies) for p in parts])
         everything = torch.cat(gather(entropies))
@@ -70,7 +70,7 @@ def _select(
     parts: Sequence[RolloutBatch], config: LossConfig, seed: int, gather: Gather, rank: int
 ) -> Tensor:
     """Returns the tokens [N] of this rank that clip_cov or kl_cov selects, by covariance of A and l_old."""
-    advantages = torch.cat([p.advantages[p.sequence_ids] for p in parts]).double()
+    advantages = torch.cat([p.advantages for p in parts]).double()
     old = torch.cat([require(p.old_logprobs) for p in parts]).double()
     sums = torch.stack([advantages.sum(), old.sum(), torch.tensor(float(len(old)), dtype=torch.float64)])
     counts = gather(sums)

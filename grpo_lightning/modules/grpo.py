@@ -273,7 +273,7 @@ class GRPOModule(TrainerSupport, AsksForCheckpoints):
         return replace(rollout, totals=replace(rollout.totals, micro_batches=averaged))
 
     def _rollout_stats(self, rollout: RolloutBatch, logprobs: Tensor) -> dict[str, Stat]:
-        lag = self.global_step - rollout.policy_version
+        lag = self.global_step - min(rollout.policy_versions, default=self.global_step)
         gap = engine_gap(rollout, logprobs) if lag == 0 else None
         self.window_gaps.append(gap)
         return rollout_stats(rollout, logprobs, gap, lag)

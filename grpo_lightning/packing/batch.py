@@ -1,9 +1,9 @@
 """The packed rollout: what travels from sampling to training. Knows torch and nothing else.
 
-Four axes: `T` packed tokens that go through the model, `N` completion tokens that train, `S` completions,
-`P` prompts (groups). A rollout is packed: nothing is padded and there is no mask. Each prompt stands once,
-its completions follow it; the last token of a completion predicts nothing and therefore does not go through
-the model.
+Four axes: `T` packed tokens that go through the model, `N` loss tokens, `S` completions, `P` prompts, each of
+which has a group of completions. Nothing is padded: each prompt stands once, its completions follow it. A
+completion's loss tokens are those that were sampled; others, as a tool's answer, are context: in T, not in N.
+The last loss token and what follows it predict nothing and do not go through the model.
 """
 
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
@@ -15,15 +15,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from grpo_lightning.packing.geometry import (
-    RowStarts,
-    SequenceLayout,
-    geometry,
-    interleaved,
-    members_of,
-    row_starts,
-    select,
-)
+from grpo_lightning.packing.geometry import RowStarts, SequenceLayout, members_of
+from grpo_lightning.packing.loss_tokens import loss_positions, sampler_logprobs, token_advantages
 from grpo_lightning.types import Completion, Truncation
 
 
@@ -57,26 +50,26 @@ PER_TOKEN = (
     "selected",
     "entropy_keep",
 )
-"""optional fields of a RolloutBatch with one entry per completion token"""
+"""optional fields of a RolloutBatch with one entry per loss token"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RolloutBatch:
-    """S scored completions of P prompts, packed. Axes: T model tokens, N completion tokens, S completions.
+    """S scored completions of P prompts, packed. Axes: T model tokens, N loss tokens, S completions.
 
     Built by `pack`; cut by `windows` (whole groups, own totals) and `split` (micro-batches of one window).
     """
 
-    input_ids: Tensor  # [T] int64; a prompt stands once, its completions follow without their last token
+    input_ids: Tensor  # [T] int64; a prompt stands once, its completions follow it
     position_ids: Tensor  # [T] int64; a completion goes on counting where its prompt ends
     segment_ids: Tensor  # [T] int64; 0 in prompts, 1, 2, ... in the completions of a group
-    target_rows: Tensor  # [N] int64; the row of T whose hidden state predicts completion token n
+    target_rows: Tensor  # [N] int64; the row of T whose hidden state predicts loss token n
     target_ids: Tensor  # [N] int64; that token
     sequence_ids: Tensor  # [N] int64 in [0, S), sorted
     group_ids: Tensor  # [S] int64 in [0, P), sorted
     rewards: Tensor  # [S] float32; NaN where no reward applies
-    advantages: Tensor  # [S] float32
-    group_tokens: Tensor  # [P] int64; trainable tokens of each group in the whole window
+    advantages: Tensor  # [N] float32; equal within a completion unless `token_advantages`
+    group_tokens: Tensor  # [P] int64; loss tokens of each group in the whole window
     sample_weights: Tensor | None = None  # [S] float32; completions it stands for in metrics; None: all 1
     sampler_logprobs: Tensor | None = None  # [N] nats, the engine's policy; over its kept set if `truncation`
     old_logprobs: Tensor | None = (
@@ -86,12 +79,12 @@ class RolloutBatch:
     old_entropies: Tensor | None = None  # [N] nats, the policy before the first update
     selected: Tensor | None = None  # [N] bool, the window's covariance selection
     entropy_keep: Tensor | None = None  # [N] bool, the window's tokens of high entropy
-    prompt_lengths: tuple[int, ...]  # P; on the host, so that layouts need no device synchronisation
-    lengths: tuple[int, ...]  # S; trainable tokens of each completion, 0 is legal
-    host_groups: tuple[int, ...]  # S; group_ids
+    sequence_layout: SequenceLayout  # on the host, so that layouts need no device synchronisation
+    policy_versions: tuple[int, ...]  # S; optimizer steps before the policy that sampled each completion
     totals: LossTotals
     temperature: float
-    policy_version: int = 0
+    token_advantages: bool = False
+    """whether advantages may differ within a completion, which losses of whole completions refuse"""
     truncation: Truncation | None = None
     """the kept set that `sampler_logprobs` are over; None: the whole vocabulary"""
 
@@ -102,11 +95,11 @@ class RolloutBatch:
         prompt_ids: Sequence[Sequence[int]],
         completions: Sequence[Completion],
         group_ids: Sequence[int],
-        advantages: Tensor,
+        advantages: Tensor | Sequence[Tensor],
         rewards: Tensor | None = None,
         max_tokens: int,
         temperature: float = 1.0,
-        policy_version: int = 0,
+        policy_versions: int | Sequence[int] = 0,
         truncation: Truncation | None = None,
         mask_truncated: bool = False,
         micro_batches: int = 1,
@@ -117,11 +110,12 @@ class RolloutBatch:
             prompt_ids: P lists of token ids.
             completions: S completions, those of a group next to each other.
             group_ids: for each completion the index of its prompt, sorted.
-            advantages: [S] float.
+            advantages: [S] float; or S tensors with a value for each token of the completion.
             rewards: [S] float; zeros if missing.
             max_tokens: `SamplingParams.max_tokens`, the divisor of Dr. GRPO's aggregation.
+            policy_versions: of all completions, or of each.
             truncation: what the sampled completions' log-probabilities are renormalised over.
-            mask_truncated: completions cut at `max_tokens` get no trainable token; they still count in S.
+            mask_truncated: completions cut at `max_tokens` get no loss token; they still count in S.
 
         Raises:
             ValueError: `group_ids` is not sorted, or sizes differ.
@@ -129,24 +123,35 @@ class RolloutBatch:
         groups = list(group_ids)
         if groups != sorted(groups) or len(groups) != len(completions) or len(advantages) != len(groups):
             raise ValueError("group_ids must be sorted, with one group and one advantage per completion")
-        kept = [
-            () if mask_truncated and c.finish_reason == "length" else tuple(c.token_ids) for c in completions
-        ]
-        lengths = tuple(len(ids) for ids in kept)
-        prompt_lengths = tuple(len(ids) for ids in prompt_ids)
+        versions = [policy_versions] * len(groups) if isinstance(policy_versions, int) else policy_versions
+        masked = [mask_truncated and c.finish_reason == "length" for c in completions]
+        layout = SequenceLayout(
+            prompt_lengths=tuple(len(ids) for ids in prompt_ids),
+            loss_positions=tuple(
+                () if out else loss_positions(c) for c, out in zip(completions, masked, strict=True)
+            ),
+            host_groups=tuple(groups),
+        )
+        index, lengths = layout.index_tensors(), layout.lengths
         members = members_of(groups, len(prompt_ids))
         group_tokens = torch.tensor([sum(lengths[s] for s in m) for m in members], dtype=torch.int64)
+        trained = list(zip(completions, layout.loss_positions, strict=True))
+        per_token = not isinstance(advantages, Tensor)
         return cls(
-            input_ids=torch.tensor(interleaved(prompt_ids, kept, members), dtype=torch.int64),
-            target_ids=torch.tensor([t for ids in kept for t in ids], dtype=torch.int64),
+            input_ids=torch.tensor(
+                layout.input_ids(prompt_ids, [c.token_ids for c in completions]), dtype=torch.int64
+            ),
+            target_ids=torch.tensor([c.token_ids[i] for c, at in trained for i in at], dtype=torch.int64),
             group_ids=torch.tensor(groups, dtype=torch.int64),
             rewards=torch.zeros(len(groups)) if rewards is None else rewards.float(),
-            advantages=advantages.float(),
+            advantages=token_advantages(advantages, completions, layout)
+            if per_token
+            else advantages.float()[index["sequence_ids"]],
+            token_advantages=per_token,
+            policy_versions=tuple(versions),
             group_tokens=group_tokens,
-            sampler_logprobs=_sampler_logprobs(completions, kept),
-            prompt_lengths=prompt_lengths,
-            lengths=lengths,
-            host_groups=tuple(groups),
+            sampler_logprobs=sampler_logprobs(trained),
+            sequence_layout=layout,
             totals=LossTotals(
                 tokens=sum(lengths),
                 sequences=len(lengths),
@@ -155,15 +160,29 @@ class RolloutBatch:
                 micro_batches=micro_batches,
             ),
             temperature=temperature,
-            policy_version=policy_version,
             truncation=truncation,
-            **geometry(prompt_lengths, lengths, groups),
+            **index,
         )
 
     @property
-    def sequence_layout(self) -> SequenceLayout:
-        """The lengths alone."""
-        return SequenceLayout(self.prompt_lengths, self.lengths, self.host_groups)
+    def prompt_lengths(self) -> tuple[int, ...]:
+        """P; tokens of each prompt."""
+        return self.sequence_layout.prompt_lengths
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """S; loss tokens of each completion, 0 is legal."""
+        return self.sequence_layout.lengths
+
+    @property
+    def host_groups(self) -> tuple[int, ...]:
+        """S; `group_ids`, on the host."""
+        return self.sequence_layout.host_groups
+
+    @property
+    def newest_version(self) -> int:
+        """The newest of `policy_versions`; 0 without a completion."""
+        return max(self.policy_versions, default=0)
 
     @property
     def num_tokens(self) -> int:
@@ -177,7 +196,7 @@ class RolloutBatch:
 
     def row_starts(self) -> RowStarts:
         """Returns the first row of T of each prompt and of each completion."""
-        return row_starts(self.prompt_lengths, self.lengths, self.host_groups)
+        return self.sequence_layout.row_starts()
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "RolloutBatch":
         """Returns the batch on `device`."""
@@ -190,34 +209,30 @@ class RolloutBatch:
 
     def take(self, sequences: Sequence[int]) -> "RolloutBatch":
         """Returns the completions `sequences` (sorted) and their prompts; totals stay the window's."""
-        if len(sequences) == len(self.lengths) and len(set(self.host_groups)) == len(self.prompt_lengths):
+        if len(sequences) == len(self.host_groups) and len(set(self.host_groups)) == len(self.prompt_lengths):
             return self
-        groups, rows, tokens = select(self.prompt_lengths, self.lengths, self.host_groups, sequences)
-        lengths = tuple(self.lengths[s] for s in sequences)
-        prompt_lengths = tuple(self.prompt_lengths[g] for g in groups)
-        renumbered = [groups.index(self.host_groups[s]) for s in sequences]
+        selection, layout = self.sequence_layout.select(sequences), self.sequence_layout.take(sequences)
         device = self.input_ids.device
-        row = torch.tensor(rows, dtype=torch.int64, device=device)
-        token = torch.tensor(tokens, dtype=torch.int64, device=device)
-        seq = torch.tensor(list(sequences), dtype=torch.int64, device=device)
-        weights = None if self.sample_weights is None else self.sample_weights[seq]
-        layout = {k: v.to(device) for k, v in geometry(prompt_lengths, lengths, renumbered).items()}
+
+        def on_device(index: Sequence[int]) -> Tensor:
+            return torch.tensor(list(index), dtype=torch.int64, device=device)
+
+        token, seq = on_device(selection.tokens), on_device(sequences)
         optional = {
             name: None if (value := getattr(self, name)) is None else value[token] for name in PER_TOKEN
         }
         return replace(
             self,
-            input_ids=self.input_ids[row],
+            input_ids=self.input_ids[on_device(selection.rows)],
             target_ids=self.target_ids[token],
-            group_ids=torch.tensor(renumbered, dtype=torch.int64, device=device),
+            group_ids=on_device(layout.host_groups),
             rewards=self.rewards[seq],
-            advantages=self.advantages[seq],
-            sample_weights=weights,
-            group_tokens=self.group_tokens[torch.tensor(groups, dtype=torch.int64, device=device)],
-            prompt_lengths=prompt_lengths,
-            lengths=lengths,
-            host_groups=tuple(renumbered),
-            **layout,
+            advantages=self.advantages[token],
+            policy_versions=tuple(self.policy_versions[s] for s in sequences),
+            sample_weights=None if self.sample_weights is None else self.sample_weights[seq],
+            group_tokens=self.group_tokens[on_device(selection.groups)],
+            sequence_layout=layout,
+            **{k: v.to(device) for k, v in layout.index_tensors().items()},
             **optional,
         )
 
@@ -252,18 +267,16 @@ class RolloutBatch:
         """
         starts, alone = self.row_starts(), self.sequence_layout.unshared()
         rows: list[int] = []
-        for s, (g, p, n) in enumerate(zip(self.host_groups, alone.prompt_lengths, self.lengths, strict=True)):
+        for s, (g, p, n) in enumerate(zip(self.host_groups, alone.prompt_lengths, alone.rows, strict=True)):
             rows.extend(range(starts.prompts[g], starts.prompts[g] + p))
-            rows.extend(range(starts.completions[s], starts.completions[s] + max(n - 1, 0)))
-        groups, prompts = alone.host_groups, alone.prompt_lengths
+            rows.extend(range(starts.completions[s], starts.completions[s] + n))
         device = self.input_ids.device
         return replace(
             self,
             input_ids=self.input_ids[torch.tensor(rows, dtype=torch.int64, device=device)],
-            group_ids=torch.arange(len(groups), device=device),
-            host_groups=groups,
-            prompt_lengths=prompts,
-            **{k: v.to(device) for k, v in geometry(prompts, self.lengths, groups).items()},
+            group_ids=torch.arange(len(alone.host_groups), device=device),
+            sequence_layout=alone,
+            **{k: v.to(device) for k, v in alone.index_tensors().items()},
         )
 
     def spot_check_subset(self) -> "RolloutBatch":
@@ -280,7 +293,7 @@ class RolloutBatch:
         best: tuple[int, list[int]] = (0, [])
         for g, own in enumerate(members_of(self.host_groups, len(self.prompt_lengths))):
             pair = sorted((s for s in own if self.lengths[s]), key=lambda s: self.lengths[s])[:2]
-            rows = self.prompt_lengths[g] + sum(self.lengths[s] for s in pair)
+            rows = self.prompt_lengths[g] + sum(self.sequence_layout.rows[s] for s in pair)
             if (-len(pair), rows) < (-len(best[1]), best[0]):
                 best = rows, pair
         return self.take(sorted(best[1]))
@@ -296,19 +309,11 @@ class RolloutBatch:
         return replace(self, sampler_logprobs=whole, truncation=None)
 
     def zero_variance_groups(self) -> set[int]:
-        """Returns the groups whose advantages are all 0."""
-        alive = {g for g, a in zip(self.host_groups, self.advantages.tolist(), strict=True) if a != 0}
+        """Returns the groups whose loss tokens all have an advantage of 0."""
+        alive = set(self.group_ids[self.sequence_ids[self.advantages != 0]].tolist())
         return set(range(len(self.prompt_lengths))) - alive
 
     def without_groups(self, groups: Collection[int]) -> "RolloutBatch":
         """Returns the batch less `groups`; their tokens stay in the totals."""
         keep = [s for s, g in enumerate(self.host_groups) if g not in groups]
         return self if len(keep) == len(self.lengths) else self.take(keep)
-
-
-def _sampler_logprobs(completions: Sequence[Completion], kept: Sequence[Sequence[int]]) -> Tensor | None:
-    """Returns [N] float32 of the `kept` tokens, or None unless the engine reported all of them."""
-    if not completions or any(c.logprobs is None for c in completions):
-        return None
-    flat = [x for c, ids in zip(completions, kept, strict=True) for x in (c.logprobs or ())[: len(ids)]]
-    return torch.tensor(flat, dtype=torch.float32)

@@ -1,4 +1,4 @@
-"""The geometry of a packed rollout, from lengths alone; runs on the host."""
+"""The geometry of a packed rollout: which rows and targets follow from lengths and masks; on the host."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,20 +16,45 @@ class RowStarts:
 
 
 @dataclass(frozen=True, slots=True)
+class Selection:
+    """What of a packed batch some completions need."""
+
+    groups: list[int]
+    rows: list[int]  # of T
+    tokens: list[int]  # of N
+
+
+@dataclass(frozen=True, slots=True)
 class SequenceLayout:
-    """How long the prompts and completions of a packed batch are, and which belong together."""
+    """How long the prompts and completions of a packed batch are, which belong together, and what trains."""
 
     prompt_lengths: tuple[int, ...]  # P
-    lengths: tuple[int, ...]  # S; trainable tokens, 0 is legal
+    loss_positions: tuple[Sequence[int], ...]
+    """S; where in its completion the tokens are that train, ascending; `range(n)` for all of n"""
     host_groups: tuple[int, ...]  # S; sorted
+
+    @classmethod
+    def of(cls, prompts: Sequence[int], lengths: Sequence[int], groups: Sequence[int]) -> "SequenceLayout":
+        """Returns the layout of completions of which all tokens train."""
+        return cls(tuple(prompts), tuple(range(n) for n in lengths), tuple(groups))
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """S; tokens of each completion that train, 0 is legal."""
+        return tuple(len(positions) for positions in self.loss_positions)
+
+    @property
+    def rows(self) -> tuple[int, ...]:
+        """S; rows of T of each completion: its tokens before the last one that trains."""
+        return tuple(positions[-1] if positions else 0 for positions in self.loss_positions)
 
     @property
     def group_rows(self) -> list[int]:
         """Rows of T of each group."""
-        rows = list(self.prompt_lengths)
-        for g, n in zip(self.host_groups, self.lengths, strict=True):
-            rows[g] += max(n - 1, 0)
-        return rows
+        out = list(self.prompt_lengths)
+        for g, own in zip(self.host_groups, self.rows, strict=True):
+            out[g] += own
+        return out
 
     @property
     def num_tokens(self) -> int:
@@ -41,110 +66,97 @@ class SequenceLayout:
         """How many times the rows of T there would be with a copy of its prompt before every completion."""
         return self.unshared().num_tokens / max(self.num_tokens, 1)
 
+    def row_starts(self) -> RowStarts:
+        """Returns the first row of T of each prompt and of each completion."""
+        prompts: list[int] = []
+        completions: list[int] = []
+        row = 0
+        for p, own in zip(self.prompt_lengths, self._members_rows(), strict=True):
+            prompts.append(row)
+            row += p
+            for n in own:
+                completions.append(row)
+                row += n
+        return RowStarts(prompts, completions)
+
     def take(self, sequences: Sequence[int]) -> "SequenceLayout":
         """Returns the completions `sequences` (sorted) and their prompts."""
         groups = sorted({self.host_groups[s] for s in sequences})
         place = {g: i for i, g in enumerate(groups)}
         return SequenceLayout(
             tuple(self.prompt_lengths[g] for g in groups),
-            tuple(self.lengths[s] for s in sequences),
+            tuple(self.loss_positions[s] for s in sequences),
             tuple(place[self.host_groups[s]] for s in sequences),
         )
+
+    def select(self, sequences: Sequence[int]) -> Selection:
+        """Returns the groups, rows and tokens that the completions `sequences` (sorted) need."""
+        starts, own, first = self.row_starts(), self.rows, [0]
+        for n in self.lengths:
+            first.append(first[-1] + n)
+        rows: list[int] = []
+        groups: list[int] = []
+        for s in sequences:
+            g = self.host_groups[s]
+            if not groups or groups[-1] != g:
+                groups.append(g)
+                rows.extend(range(starts.prompts[g], starts.prompts[g] + self.prompt_lengths[g]))
+            rows.extend(range(starts.completions[s], starts.completions[s] + own[s]))
+        tokens = [n for s in sequences for n in range(first[s], first[s + 1])]
+        return Selection(groups, rows, tokens)
 
     def split(self, m: int, *, whole_groups: bool = False) -> list[list[int]]:
         """Returns the completions of exactly `m` parts, the heaviest as light as can be; some may be empty.
 
         The cost of a part is its T. Completions stay whole and in order; with `whole_groups`, so do groups.
         """
-        units = runs(self.host_groups) if whole_groups else [[s] for s in range(len(self.lengths))]
-        return balance(units, self.host_groups, self.lengths, self.prompt_lengths, m)
+        units = runs(self.host_groups) if whole_groups else [[s] for s in range(len(self.host_groups))]
+        return balance(units, self.host_groups, self.rows, self.prompt_lengths, m)
 
     def unshared(self) -> "SequenceLayout":
-        """Returns the sequence_layout with a copy of its prompt before every completion that has tokens."""
+        """Returns the layout with a copy of its prompt before every completion that has tokens."""
         prompts = [
             self.prompt_lengths[g] if n else 0 for g, n in zip(self.host_groups, self.lengths, strict=True)
         ]
-        return SequenceLayout(tuple(prompts), self.lengths, tuple(range(len(self.lengths))))
+        return SequenceLayout(tuple(prompts), self.loss_positions, tuple(range(len(prompts))))
 
+    def index_tensors(self) -> dict[str, Tensor]:
+        """Returns position_ids, segment_ids [T], target_rows, sequence_ids [N]."""
+        positions: list[int] = []
+        segments: list[int] = []
+        targets: list[int] = []
+        trained = iter(self.loss_positions)
+        for p, rows in zip(self.prompt_lengths, self._members_rows(), strict=True):
+            before = len(positions) + p - 1  # the row that predicts a completion's first token
+            positions.extend(range(p))
+            segments.extend([0] * p)
+            for segment, own in enumerate(rows, 1):
+                start = len(positions) - 1
+                targets.extend(start + i if i else before for i in next(trained))
+                positions.extend(range(p, p + own))
+                segments.extend([segment] * own)
+        lengths = torch.tensor(self.lengths, dtype=torch.int64)
+        return {
+            "position_ids": torch.tensor(positions, dtype=torch.int64),
+            "segment_ids": torch.tensor(segments, dtype=torch.int64),
+            "target_rows": torch.tensor(targets, dtype=torch.int64),
+            "sequence_ids": torch.repeat_interleave(torch.arange(len(lengths)), lengths),
+        }
 
-def row_starts(prompt_lengths: Sequence[int], lengths: Sequence[int], groups: Sequence[int]) -> RowStarts:
-    """Returns the first row of T of each prompt and of each completion."""
-    prompts: list[int] = []
-    completions: list[int] = []
-    row = s = 0
-    for g, p in enumerate(prompt_lengths):
-        prompts.append(row)
-        row += p
-        while s < len(groups) and groups[s] == g:
-            completions.append(row)
-            row += max(lengths[s] - 1, 0)
-            s += 1
-    return RowStarts(prompts, completions)
+    def input_ids(self, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]]) -> list[int]:
+        """Returns the T tokens: each prompt, then of the completions of its group what the model reads."""
+        tokens: list[int] = []
+        rows = self.rows
+        for prompt, own in zip(prompts, members_of(self.host_groups, len(prompts)), strict=True):
+            tokens.extend(prompt)
+            for s in own:
+                tokens.extend(completions[s][: rows[s]])
+        return tokens
 
-
-def select(
-    prompt_lengths: Sequence[int], lengths: Sequence[int], groups: Sequence[int], sequences: Sequence[int]
-) -> tuple[list[int], list[int], list[int]]:
-    """Returns the groups, rows of T and tokens of N that the completions `sequences` (sorted) need."""
-    starts = row_starts(prompt_lengths, lengths, groups)
-    first = [0]
-    for n in lengths:
-        first.append(first[-1] + n)
-    rows: list[int] = []
-    touched: list[int] = []
-    for s in sequences:
-        g = groups[s]
-        if not touched or touched[-1] != g:
-            touched.append(g)
-            rows.extend(range(starts.prompts[g], starts.prompts[g] + prompt_lengths[g]))
-        rows.extend(range(starts.completions[s], starts.completions[s] + max(lengths[s] - 1, 0)))
-    tokens = [n for s in sequences for n in range(first[s], first[s + 1])]
-    return touched, rows, tokens
-
-
-def geometry(
-    prompt_lengths: Sequence[int], lengths: Sequence[int], groups: Sequence[int]
-) -> dict[str, Tensor]:
-    """Returns position_ids, segment_ids [T], target_rows, sequence_ids [N]; all follow from the lengths."""
-    positions: list[int] = []
-    segments: list[int] = []
-    targets: list[int] = []
-    s, row = 0, 0
-    for g, p in enumerate(prompt_lengths):
-        positions.extend(range(p))
-        segments.extend([0] * p)
-        last_prompt_row = row + p - 1
-        row += p
-        segment = 0
-        while s < len(groups) and groups[s] == g:
-            segment += 1
-            n, own = lengths[s], max(lengths[s] - 1, 0)
-            positions.extend(range(p, p + own))
-            segments.extend([segment] * own)
-            targets.extend([last_prompt_row, *range(row, row + own)][:n])
-            row += own
-            s += 1
-    sequence_ids = torch.repeat_interleave(
-        torch.arange(len(lengths)), torch.tensor(lengths, dtype=torch.int64)
-    )
-    return {
-        "position_ids": torch.tensor(positions, dtype=torch.int64),
-        "segment_ids": torch.tensor(segments, dtype=torch.int64),
-        "target_rows": torch.tensor(targets, dtype=torch.int64),
-        "sequence_ids": sequence_ids,
-    }
-
-
-def interleaved(
-    prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]], members: Sequence[Sequence[int]]
-) -> list[int]:
-    """Returns the T tokens: each prompt, then the completions of its group, each without its last token."""
-    tokens: list[int] = []
-    for prompt, own in zip(prompts, members, strict=True):
-        tokens.extend(prompt)
-        for s in own:
-            tokens.extend(completions[s][:-1])
-    return tokens
+    def _members_rows(self) -> list[list[int]]:
+        """Returns for each group the rows of its completions."""
+        rows = self.rows
+        return [[rows[s] for s in own] for own in members_of(self.host_groups, len(self.prompt_lengths))]
 
 
 def members_of(groups: Sequence[int], count: int) -> list[list[int]]:
@@ -167,7 +179,7 @@ def runs(groups: Sequence[int]) -> list[list[int]]:
 
 
 def balance(
-    units: Sequence[list[int]], groups: Sequence[int], lengths: Sequence[int], prompts: Sequence[int], m: int
+    units: Sequence[list[int]], groups: Sequence[int], rows: Sequence[int], prompts: Sequence[int], m: int
 ) -> list[list[int]]:
     """Returns `m` runs of neighbouring units whose largest T is as small as it can be.
 
@@ -176,12 +188,12 @@ def balance(
     if m < 1:
         raise ConfigError(f"a rollout is split into {m} parts; it must be at least 1")
 
-    rows = [sum(max(lengths[s] - 1, 0) for s in unit) for unit in units]
+    heights = [sum(rows[s] for s in unit) for unit in units]
 
     def fill(capacity: int) -> list[list[int]]:
         parts: list[list[int]] = [[]]
         used, group = 0, -1
-        for unit, own in zip(units, rows, strict=True):
+        for unit, own in zip(units, heights, strict=True):
             g = groups[unit[0]]
             cost = own + (prompts[g] if g != group else 0)
             if parts[-1] and used + cost > capacity:
@@ -191,7 +203,7 @@ def balance(
             used, group = used + cost, g
         return parts
 
-    total = sum(rows) + sum(prompts[g] for g in {groups[unit[0]] for unit in units})
+    total = sum(heights) + sum(prompts[g] for g in {groups[unit[0]] for unit in units})
     low, high = total // m, total
     while low < high:
         middle = (low + high) // 2

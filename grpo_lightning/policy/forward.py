@@ -88,9 +88,7 @@ def packed_hidden(
         graphs: of the decoder, which replay it instead of calling it.
     """
     layout = PackedLayout.of(
-        batch.prompt_lengths,
-        batch.lengths,
-        batch.host_groups,
+        batch.sequence_layout,
         batch.segment_ids,
         batch.position_ids,
         segments=segments,
@@ -119,12 +117,12 @@ def padded_hidden(decoder: Any, batch: RolloutBatch, pad_id: int) -> Tensor:
 
 def _padded_rows(batch: RolloutBatch) -> tuple[list[list[int]], list[tuple[int, int]]]:
     """Returns for each completion its rows of T, and for each of N its (completion, column)."""
-    starts = batch.row_starts()
+    layout, starts = batch.sequence_layout, batch.row_starts()
     rows: list[list[int]] = []
     targets: list[tuple[int, int]] = []
-    for s, (g, n) in enumerate(zip(batch.host_groups, batch.lengths, strict=True)):
-        p = batch.prompt_lengths[g]
-        own = range(starts.completions[s], starts.completions[s] + max(n - 1, 0))
+    for s, (g, n) in enumerate(zip(layout.host_groups, layout.rows, strict=True)):
+        p = layout.prompt_lengths[g]
+        own = range(starts.completions[s], starts.completions[s] + n)
         rows.append([*range(starts.prompts[g], starts.prompts[g] + p), *own])
-        targets.extend((s, p - 1 + i) for i in range(n))
+        targets.extend((s, p - 1 + i) for i in layout.loss_positions[s])
     return rows, targets

@@ -253,7 +253,7 @@ def _pieces(batch: RolloutBatch, gap: Tensor | None) -> Iterator[tuple[RolloutBa
     """Yields the completions in runs that a padded forward has room for."""
     runs: list[list[int]] = [[]]
     widest = 0
-    for s, (g, n) in enumerate(zip(batch.host_groups, batch.lengths, strict=True)):
+    for s, (g, n) in enumerate(zip(batch.host_groups, batch.sequence_layout.rows, strict=True)):
         widest = max(widest, batch.prompt_lengths[g] + n)
         if runs[-1] and widest * (len(runs[-1]) + 1) > AT_ONCE:
             runs.append([])

@@ -162,7 +162,7 @@ class Collector:
             rewards=rewards.total,
             max_tokens=self.sampling.max_tokens,
             temperature=self.sampling.temperature,
-            policy_version=policy_version,
+            policy_versions=policy_version,
             truncation=truncation,
             mask_truncated=self.mask_truncated,
         )
@@ -170,13 +170,17 @@ class Collector:
     def penalised(self, rollout: Rollout, penalty: Tensor) -> RolloutBatch:
         """Returns the batch with `penalty` [S] taken off the rewards, and the advantages that follow.
 
+        Both go into the rollout's samples.
+
         Raises:
             GRPOError: a penalty is not finite; nan would make its completion look unscored.
         """
         raise_together(bad_penalty(penalty), self.all_ranks)
         table = replace(rollout.rewards, penalty=penalty.double())
         advantages = self._advantages(table, rollout.samples)
-        return replace(rollout.batch, rewards=table.total.float(), advantages=advantages)
+        batch, rewards = rollout.batch, table.total.float()
+        rollout.samples.update(advantage=advantages.float().tolist(), penalised_reward=rewards.tolist())
+        return replace(batch, rewards=rewards, advantages=advantages.float()[batch.sequence_ids])
 
     def _advantages(self, table: adv.RewardTable, samples: Mapping[str, list[Any]]) -> Tensor:
         """Returns advantages [S]; raises RewardError, showing the first sample whose own is not finite."""

@@ -59,7 +59,6 @@ def _with_kl_in_reward(
     gap = torch.cat([reference_gap(p) for p in scored])
     reference = torch.cat([require(p.ref_logprobs) for p in scored])
     batch = collector.penalised(rollout, module.coefficients.kl * gap)
-    rollout.samples.update(advantage=batch.advantages.tolist(), penalised_reward=batch.rewards.tolist())
     return replace(batch, ref_logprobs=reference)
 
 
@@ -139,7 +138,7 @@ def with_fair_sample(window: RolloutBatch, seed: int) -> RolloutBatch:
     draws = max(FEWEST, min(COMPLETIONS - trained, int(SAMPLED_TOKENS / expected)))
     weights = [1.0 if n else 0.0 for n in sizes]
     if draws < sum(weights):
-        (u,) = uniforms([seed], window.policy_version)
+        (u,) = uniforms([seed], window.newest_version)
         weights = sampling_weights(sizes, draws, u)
     kept = [w if g in still else 1.0 for w, g in zip(weights, window.host_groups, strict=True)]
     sample = replace(window, sample_weights=torch.tensor(kept))

@@ -198,7 +198,7 @@ def lora_policy(dtype=torch.bfloat16, kernels=None):
 
 def gradient(policy, b):
     policy.zero_grad(set_to_none=True)
-    (policy.logprobs(b).logprobs * b.advantages[b.sequence_ids]).sum().backward()
+    (policy.logprobs(b).logprobs * b.advantages).sum().backward()
     return torch.cat([p.grad.flatten() for p in policy.trainable().values()])
 
 

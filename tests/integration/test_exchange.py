@@ -64,7 +64,7 @@ def run(made, seed=3):
     made.zero_grad()
     b = random_rollout(seed=seed)
     logp = made.logprobs(b).logprobs
-    (logp * b.advantages[b.sequence_ids]).sum().backward()
+    (logp * b.advantages).sum().backward()
     return {"logp": logp.detach(), **{n: p.grad.clone() for n, p in made.trainable().items()}}
 
 

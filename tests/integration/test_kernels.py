@@ -225,7 +225,7 @@ def test_filling_changes_nothing():
     """A batch that is filled up for graphs, in a call without one."""
     policy, batch = lora_policy(), random_rollout(seed=4)
     want = policy.logprobs(batch)
-    ends = batch.prompt_lengths, batch.lengths, batch.host_groups, batch.segment_ids, batch.position_ids
+    ends = batch.sequence_layout, batch.segment_ids, batch.position_ids
     layout = PackedLayout.of(*ends, segments=True, filled=True)
     assert len(layout.shared.order) > batch.num_tokens
 
@@ -257,7 +257,7 @@ def test_parameters_can_stand_in_for_others():
     decoder = policy.causal.get_decoder()
     params = {n: p for n, p in decoder.named_parameters() if p.requires_grad}
     alias = {n: p.detach().requires_grad_() for n, p in params.items()}
-    ends = batch.prompt_lengths, batch.lengths, batch.host_groups, batch.segment_ids, batch.position_ids
+    ends = batch.sequence_layout, batch.segment_ids, batch.position_ids
     layout = PackedLayout.of(*ends)
     found = []
     for given, leaves in ((None, params), (alias, alias)):
@@ -275,7 +275,7 @@ def test_layers_that_run_again_in_the_backward_give_the_same_bits():
     policy.prepare(KernelConfig(lora="on", qkv="on", swiglu="on", norm="on", rotary="on"), CPU)
     decoder = policy.causal.get_decoder()
     params = [p for p in decoder.parameters() if p.requires_grad]
-    ends = batch.prompt_lengths, batch.lengths, batch.host_groups, batch.segment_ids, batch.position_ids
+    ends = batch.sequence_layout, batch.segment_ids, batch.position_ids
     layout, kept, found = PackedLayout.of(*ends), [], []
 
     def seen(x):

@@ -10,6 +10,7 @@ from torch import nn
 from grpo_lightning.kernels import cuda_graphs as module
 from grpo_lightning.kernels.cuda_graphs import Graphs
 from grpo_lightning.ops.attention.packed import PackedLayout
+from grpo_lightning.packing.geometry import SequenceLayout
 
 
 class Decoder(nn.Module):
@@ -44,9 +45,8 @@ def without_graph(decoder, graphs):
 
 def call(graphs, prompt):
     """Returns the hidden states of a batch of another shape for every thousand tokens of its prompt."""
-    layout = PackedLayout.of(
-        [prompt], [3, 3], [0, 0], torch.zeros(0), torch.zeros(0), segments=True, filled=True
-    )
+    sequences = SequenceLayout.of([prompt], [3, 3], [0, 0])
+    layout = PackedLayout.of(sequences, torch.zeros(0), torch.zeros(0), segments=True, filled=True)
     rows = torch.zeros(layout.shared.shape.rows)
     return graphs.hidden(rows, rows, layout)
 

@@ -132,7 +132,8 @@ def test_real_is_a_mean_over_all_groups():
 
 def fipo_on(ratios, advantages, **changes):
     """Returns loss and gradient of one completion of three tokens, and what PPO's clip gives."""
-    b = replace(fixture(), advantages=torch.tensor(advantages, dtype=torch.float64))
+    advantages = torch.tensor(advantages, dtype=torch.float64)
+    b = replace(fixture(), advantages=advantages[fixture().sequence_ids])
     logprobs = OLD + torch.tensor([*ratios, 1.0, 1.0], dtype=torch.float64).log()
     return [value_and_grad(b, LossConfig(name, **changes), logprobs)[:2] for name in ("fipo", "dapo")]
 
@@ -382,7 +383,7 @@ def test_ratio_one_is_reinforce(name, level):
     from grpo_lightning.losses.completion_sums import Segments
 
     weights = AGGREGATIONS[str(config.aggregation)].weights(Segments.of(b), b.totals).double()
-    torch.testing.assert_close(g, -weights * b.advantages[b.sequence_ids].double(), atol=1e-12, rtol=1e-6)
+    torch.testing.assert_close(g, -weights * b.advantages.double(), atol=1e-12, rtol=1e-6)
 
 
 def frozen_difference(loss, lp, monkeypatch, step=1e-6):

@@ -93,7 +93,7 @@ class Rows:
 
 
 def equal_completions(count, length):
-    return SequenceLayout((0,) * count, (length + 1,) * count, tuple(range(count)))
+    return SequenceLayout.of((0,) * count, (length + 1,) * count, tuple(range(count)))
 
 
 @pytest.mark.parametrize("constant", [0, 50])
@@ -118,7 +118,7 @@ def test_as_few_as_fit_and_never_more_than_allowed(free, constant):
 
 
 def test_groups_that_must_stay_whole_count_whole():
-    shape = SequenceLayout((0, 0), (51,) * 8, (0,) * 7 + (1,))
+    shape = SequenceLayout.of((0, 0), (51,) * 8, (0,) * 7 + (1,))
     sizer = MicroBatchSizer("auto", 4, Rows(), Fake(210))
     sizer.estimate.observe((200,), 200)
     assert sizer.count(shape, whole_groups=False) == 2

@@ -8,6 +8,7 @@ import torch
 
 from grpo_lightning.ops.attention.shared_prompts import SharedPrompts
 from grpo_lightning.ops.attention.varlen import Dense, shared_prompt_attention
+from grpo_lightning.packing.geometry import SequenceLayout
 
 CASES = {
     "two groups": ([4, 3], [[2, 5, 1], [3, 0]]),
@@ -109,7 +110,7 @@ def test_what_the_flash_kernels_do_not_cover_is_said_once():
     )
 
     zeros = torch.zeros(4, dtype=torch.int64)
-    layout = PackedLayout.of([2], [3], [0], zeros, torch.arange(4), segments=True)
+    layout = PackedLayout.of(SequenceLayout.of([2], [3], [0]), zeros, torch.arange(4), segments=True)
     q = torch.randn(1, 2, 4, 8)
     _say_once.cache_clear()
     with pytest.warns(UserWarning, match="float32 on cpu"):

@@ -79,7 +79,7 @@ def test_two_ranks_choose_what_one_would(name):
 def test_golden_kl_cov_selects_the_largest_covariance():
     b = scored()
     picked = chosen(choose_tokens([b], CONFIGS["kl_cov"], seed=0, gather=lambda x: [x]), "kl_cov")
-    a, old = b.advantages[b.sequence_ids].double(), b.old_logprobs.double()
+    a, old = b.advantages.double(), b.old_logprobs.double()
     covariance = (a - a.mean()) * (old - old.mean())
     count = max(1, int(0.2 * len(a)))
     assert set(picked.nonzero().flatten().tolist()) == set(covariance.topk(count).indices.tolist())
@@ -102,7 +102,7 @@ def test_equal_covariances_go_to_the_first():
 def test_clip_cov_stays_inside_its_bounds_and_follows_the_seed():
     b = scored()
     config = LossConfig("clip_cov", cov_frac=0.05, cov_low=0.1, cov_high=1.0)
-    a, old = b.advantages[b.sequence_ids].double(), b.old_logprobs.double()
+    a, old = b.advantages.double(), b.old_logprobs.double()
     covariance = (a - a.mean()) * (old - old.mean())
     picks = [
         tuple(

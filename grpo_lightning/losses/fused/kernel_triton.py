@@ -20,7 +20,7 @@ class Token(NamedTuple):
 
     n: Any  # place in [N]
     here: Any
-    A: Any  # advantage, the same for all
+    A: Any  # advantage
     logp: Any
     old: Any
     d: Any  # clamped log-ratio
@@ -33,7 +33,7 @@ class Whole(NamedTuple):
     """What a completion's tokens have in common."""
 
     weight: Any  # of the aggregation
-    trains: Any  # 1, or 0 if the off-policy mask leaves it out
+    near: Any  # 1, or 0 if the off-policy mask leaves out its tokens with A < 0
     length: Any  # at least 1
     moved: Any  # sum of d
     mismatch: Any  # sum of m
@@ -67,7 +67,7 @@ def _token(data, start, end, BYPASS: tl.constexpr, BLOCK: tl.constexpr):
         sampler = tl.where(_known(said), said, old)
     raw = logp - old
     slope = tl.where((raw >= -20.0) & (raw <= 20.0), 1.0, 0.0)
-    A = tl.zeros_like(logp) + tl.load(data.advantages + tl.program_id(0)).to(tl.float32)
+    A = tl.load(data.advantages + n, mask=here, other=0.0).to(tl.float32)
     d = clamp(raw, -20.0, 20.0)
     return Token(n=n, here=here, A=A, logp=logp, old=old, d=d, slope=slope, gap=gap, sampler=sampler)
 
@@ -96,27 +96,27 @@ def _whole(data, numbers, rules, begin, end, BYPASS: tl.constexpr, BLOCK: tl.con
         if rules.reach is not None:
             term, _steep = rules.reach(t.d, c, t.A, numbers.own)
             reach += _total(term, t.here)
-    trains = 1.0
+    near = 1.0
     if numbers.threshold is not None:
-        trains = tl.where(tl.load(data.advantages + s) >= 0, 1.0, 0.0)
-        trains = tl.where(drift / length <= numbers.threshold, 1.0, trains)
+        near = tl.where(drift / length <= numbers.threshold, 1.0, 0.0)
     weight = tl.load(data.weights + s)
-    return Whole(weight=weight, trains=trains, length=length, moved=moved, mismatch=mismatch, reach=reach)
+    return Whole(weight=weight, near=near, length=length, moved=moved, mismatch=mismatch, reach=reach)
 
 
 @triton.jit
 def _factors(data, numbers, rules, whole, t, FOLDED: tl.constexpr, TOP: tl.constexpr):
-    """Returns what multiplies a token's objective, and its entropy."""
+    """Returns what multiplies a token's objective, its entropy, and 0 where the off-policy mask drops."""
     kept = tl.zeros_like(t.logp) + 1.0
     if data.entropy_keep is not None:
         kept = tl.load(data.entropy_keep + t.n, mask=t.here, other=0).to(tl.float32)
-    factor = tl.zeros_like(t.logp) + whole.weight * whole.trains
+    trains = tl.where(t.A >= 0, 1.0, whole.near)
+    factor = whole.weight * trains
     if TOP:
         factor *= kept
     if not FOLDED:
         _m, c = _correction(t, whole.mismatch, whole.length, numbers, rules)
         factor *= c
-    return factor, kept
+    return factor, kept, trains
 
 
 @triton.jit
@@ -160,13 +160,13 @@ def _tokens(
     SHARED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Returns the completion's sums and the derivatives by its mean log-ratio and by its reach."""
-    policy, kl, entropy, bonus, low, high, mark = 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0
+    policy, kl, entropy, bonus, low, high, mark, out = 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0
     by_mean, by_whole = 0.0, 0.0
     length = whole.length
     for start in range(begin, end, BLOCK):
         t = _token(data, start, end, BYPASS, BLOCK)
         rho = rules.level(t.d, whole.moved / length)
-        factor, kept = _factors(data, numbers, rules, whole, t, FOLDED, TOP)
+        factor, kept, trains = _factors(data, numbers, rules, whole, t, FOLDED, TOP)
         value, by_rho, by_logp, by_reach, said = _objective(data, numbers, rules, whole, t, rho)
         policy += _total(factor * value, t.here)
         by_whole += _total(factor * by_reach, t.here)
@@ -190,11 +190,12 @@ def _tokens(
         low += _total(tl.where((rho < numbers.clip_low) & (t.A < 0), 1.0, 0.0), t.here)
         high += _total(tl.where((rho > numbers.clip_high) & (t.A > 0), 1.0, 0.0), t.here)
         mark += _total(said, t.here)
+        out += _total(1.0 - trains, t.here)
     some = end > begin
     sums = Sums(
         loss=policy - bonus, policy=policy, kl=kl, entropy=entropy, low=low, high=high, clipped=low + high,
         mark=mark, low_mean=low / length, high_mean=high / length, clipped_mean=(low + high) / length,
-        mark_mean=mark / length, off_policy=1.0 - whole.trains,
+        mark_mean=mark / length, off_policy=out / length,
         least_low=tl.where(some, low / length, float("inf")),
         most_high=tl.where(some, high / length, -float("inf")),
     )  # fmt: skip

@@ -26,14 +26,14 @@ ALIGNED = 16
 class Data(NamedTuple):
     """What is read; None: there is none."""
 
-    logprobs: Any  # [N] and so on down to entropy_keep
+    logprobs: Any  # [N] and so on down to advantages
     old: Any
     sampler: Any
     ref: Any
     entropy: Any
     selected: Any  # uint8
     entropy_keep: Any  # uint8
-    advantages: Any  # [S]
+    advantages: Any  # [N]
     weights: Any  # [S]
     bounds: Any  # [S + 1] int32, where completions begin
 
@@ -112,7 +112,8 @@ def choose(config: LossConfig, batch: RolloutBatch) -> Choice:
 def lacks(batch: RolloutBatch, config: LossConfig, entropy: Tensor | None, entropy_coef: float) -> bool:
     """Returns whether the loss cannot be computed from what is given; the twin says why."""
     return (
-        (config.surrogate_row.needs_old and batch.selected is None)
+        (batch.token_advantages and config.needs_completion_advantages is not None)
+        or (config.surrogate_row.needs_old and batch.selected is None)
         or (config.top_entropy_quantile < 1 and batch.entropy_keep is None)
         or (config.kl_loss_coef != 0 and batch.ref_logprobs is None)
         or (entropy is None and entropy_coef != 0)

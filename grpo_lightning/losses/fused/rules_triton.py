@@ -20,7 +20,7 @@ def clamp(x, low, high):
 
 
 # Surrogates: (A, rho, d, logp, old, selected, reach, length, own) -> value, d / d log rho, d / d logp,
-# d / d reach, what is reported. A, reach and length are the completion's; `own` the numbers of the row.
+# d / d reach, what is reported. reach and length are the completion's; `own` the numbers of the row.
 
 
 @triton.jit

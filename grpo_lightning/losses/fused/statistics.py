@@ -25,7 +25,7 @@ class Sums(NamedTuple):
     high_mean: Any
     clipped_mean: Any
     mark_mean: Any
-    off_policy: Any  # 1 if it is left out
+    off_policy: Any  # share of its tokens that the off-policy mask leaves out
     least_low: Any  # low_mean, or inf if there are no tokens
     most_high: Any
 

@@ -4,7 +4,6 @@ Half types on CUDA run as segments (`varlen.py`). Everything else runs group by 
 """
 
 import warnings
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cache
 
@@ -14,6 +13,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from grpo_lightning.ops.attention.shared_prompts import SharedPrompts
 from grpo_lightning.ops.attention.varlen import Flash, shared_prompt_attention
+from grpo_lightning.packing.geometry import SequenceLayout
 
 
 @dataclass(slots=True)
@@ -37,19 +37,18 @@ class PackedLayout:
     @classmethod
     def of(
         cls,
-        prompt_lengths: Sequence[int],
-        lengths: Sequence[int],
-        group_ids: Sequence[int],
+        sequences: SequenceLayout,
         segment_ids: Tensor,
         position_ids: Tensor,
         *,
         segments: bool = False,
         filled: bool = False,
     ) -> "PackedLayout":
-        """Returns the layout of P prompts and S completions, `group_ids` sorted."""
+        """Returns the layout of P prompts and S completions."""
+        prompt_lengths = sequences.prompt_lengths
         rows: list[list[int]] = [[] for _ in prompt_lengths]
-        for g, n in zip(group_ids, lengths, strict=True):
-            rows[g].append(max(n - 1, 0))
+        for g, n in zip(sequences.host_groups, sequences.rows, strict=True):
+            rows[g].append(n)
         sizes = [p + sum(own) for p, own in zip(prompt_lengths, rows, strict=True)]
         ends = torch.tensor(sizes, dtype=torch.int64).cumsum(0).tolist()
         longest = max(
