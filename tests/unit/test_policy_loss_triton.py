@@ -8,6 +8,7 @@ import pytest
 import torch
 from losses import REQUIRED, assert_as_twin, micro_batch
 
+from grpo_lightning.errors import ConfigError
 from grpo_lightning.losses import (
     AGGREGATIONS,
     KL_ESTIMATORS,
@@ -62,6 +63,26 @@ def test_recipes(name):
             **required,
         )
         assert_as_twin(config, **case(seed=draw.randrange(9)), kl_coef=0.3, entropy_coef=0.2)
+
+
+def of_tokens(made):
+    """Returns the case with an advantage for each token."""
+    b = made["batch"]
+    own = torch.randn(len(b.target_ids), generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    return {**made, "batch": replace(b, advantages=own, token_advantages=True)}
+
+
+@pytest.mark.parametrize("name", [n for n in RECIPES if RECIPES[n].surrogate in COVERED])
+def test_advantages_of_tokens_or_a_refusal(name):
+    """A loss of whole completions has no use for several advantages in one."""
+    config, made = LossConfig(name, **REQUIRED.get(name, {}), off_policy_threshold=0.1), of_tokens(case())
+    reason = config.resolve().needs_completion_advantages
+    assert (reason is not None) == (name in {"gspo", "luspo", "vespo", "gmpo"})
+    if reason is None:
+        assert_as_twin(config, **made)
+    else:
+        with pytest.raises(ConfigError, match="one advantage for each completion"):
+            fused.policy_loss_grad(made["logprobs"], made["batch"], config, made["entropy"], backend="triton")
 
 
 PAIRS = [(s, level) for s in COVERED for level in SURROGATES[s].levels]
