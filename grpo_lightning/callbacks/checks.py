@@ -22,6 +22,7 @@ from grpo_lightning.rewards.suite import Rewards
 from grpo_lightning.rollout.collector import Collector, Rollout
 from grpo_lightning.rollout.micro_batch_sizing import check_micro_batches
 from grpo_lightning.rollout.phases import profiled
+from grpo_lightning.rollout.trained_module import TrainsOnRollouts, check_module
 from grpo_lightning.types import PromptBatch, SamplingParams
 from grpo_lightning.utils.out_of_memory import explained
 from grpo_lightning.utils.ranges import check_numbers
@@ -36,7 +37,7 @@ def longest_prompt(trainer: pl.Trainer) -> int:
 
 
 def engine_context(
-    trainer: pl.Trainer, module: Any, sampling: SamplingParams, other: SamplingParams | None
+    trainer: pl.Trainer, module: TrainsOnRollouts, sampling: SamplingParams, other: SamplingParams | None
 ) -> EngineContext:
     """Returns what an engine may know before it starts.
 
@@ -64,7 +65,7 @@ def engine_context(
 def start_engine(
     engine: RolloutEngine,
     trainer: pl.Trainer,
-    module: Any,
+    module: TrainsOnRollouts,
     sampling: SamplingParams,
     other: SamplingParams | None,
 ) -> None:
@@ -179,11 +180,10 @@ def check_batch(batch: Any) -> None:
 
 def check_setup(settings: "RolloutCallback", trainer: pl.Trainer, module: Any, stage: str) -> None:
     """Raises GRPOError unless options, data, model and folders fit together; before weights are loaded."""
+    check_module(module)
     check_accumulation(trainer)
     check_micro_batches(settings.micro_batches, trainer.accumulate_grad_batches)
-    loss = getattr(module, "loss", None)
-    if isinstance(loss, LossConfig):
-        check_loss(loss, settings.sampling, settings._advantage_of(loss))
+    check_loss(module.loss, settings.sampling, settings._advantage_of(module.loss))
     every = {"sampling": settings.sampling, "validation.sampling": settings.validation.sampling}
     for key, sampling in every.items():
         if sampling is not None:
@@ -210,7 +210,9 @@ def synchronised(trainer: pl.Trainer, engine: RolloutEngine, policy: Any, versio
     return perf_counter() - began
 
 
-def collected(collector: Collector, prompts: PromptBatch, trainer: pl.Trainer, module: Any) -> Rollout:
+def collected(
+    collector: Collector, prompts: PromptBatch, trainer: pl.Trainer, module: TrainsOnRollouts
+) -> Rollout:
     """Synchronises lazily, then collects; a policy's version is its number of optimizer steps."""
     engine, version = collector.engine, trainer.global_step
     moved = engine.policy_version != version

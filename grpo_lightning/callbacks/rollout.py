@@ -158,7 +158,7 @@ class RolloutCallback(Callback):
         self._stopping.on_exception(trainer, exception)
         self.teardown(trainer, pl_module, "")
 
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
         """Says what is going to happen, and puts restored random states in place."""
         check_epoch(trainer, self.micro_batches_per_rollout(trainer))
         self.micro_batch_sizer = MicroBatchSizer.of(self.micro_batches, trainer, pl_module)

@@ -14,12 +14,12 @@ from grpo_lightning.policy.model_files import of_module
 from grpo_lightning.policy.weight_dtypes import check_saved
 
 if TYPE_CHECKING:
-    from grpo_lightning.modules.grpo import GRPOModule
+    from grpo_lightning.modules.policy_module import PolicyModule
 
 FORMAT = 4
 
 
-def save(module: "GRPOModule", checkpoint: dict[str, Any]) -> None:
+def save(module: "PolicyModule", checkpoint: dict[str, Any]) -> None:
     """Keeps what trains, and says what it belongs to; refuses weights that are half updated."""
     if module.half_updated:
         raise GRPOError(
@@ -34,7 +34,7 @@ def save(module: "GRPOModule", checkpoint: dict[str, Any]) -> None:
             **_identity(module),
             **_remembered(module, "_described", describe),
             "contents": _remembered(module, "_contents", of_module),
-            "coefficients": module.coefficients.state_dict(),
+            **module.loss_state(),
             "reference": _reference_weights(module),
             "skipped_steps": module.skipped.state_dict(),
         }
@@ -45,11 +45,11 @@ def save(module: "GRPOModule", checkpoint: dict[str, Any]) -> None:
         ours["adapter_names"] = module.policy.adapter_names()
 
 
-def load(module: "GRPOModule", checkpoint: dict[str, Any]) -> None:
+def load(module: "PolicyModule", checkpoint: dict[str, Any]) -> None:
     """Takes over what `save` kept; refuses a checkpoint of another model or adapter, naming what differs."""
     theirs = checkpoint.get("grpo_lightning")
     if theirs is None:
-        raise ConfigError("--ckpt_path: not a checkpoint of GRPOModule")
+        raise ConfigError("--ckpt_path: not a checkpoint of grpo-lightning")
     if theirs.get("format") != FORMAT:
         raise ConfigError(
             f"--ckpt_path: the checkpoint has format {theirs.get('format')}, this release reads {FORMAT}; "
@@ -63,7 +63,7 @@ def load(module: "GRPOModule", checkpoint: dict[str, Any]) -> None:
             )
     check_loaded_numbers(checkpoint["state_dict"])
     _check_contents(theirs["contents"], _remembered(module, "_contents", of_module))
-    module.coefficients.load_state_dict(theirs["coefficients"])
+    module.load_loss_state(theirs)
     module.skipped.load_state_dict(theirs.get("skipped_steps", module.skipped.state_dict()))
     module.configure_model()
     trained = {f"policy.{name}" for name in module.policy.trainable()}
@@ -82,7 +82,7 @@ def load(module: "GRPOModule", checkpoint: dict[str, Any]) -> None:
         w.copy_(theirs["reference"][name])
 
 
-def _remembered(module: "GRPOModule", name: str, make: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:
+def _remembered(module: "PolicyModule", name: str, make: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:
     """Returns what `make` says of the module, as it was when first asked."""
     known = module.__dict__
     if name not in known:
@@ -101,7 +101,7 @@ def _check_contents(theirs: dict[str, str], ours: dict[str, str]) -> None:
             )
 
 
-def _reference_weights(module: "GRPOModule") -> dict[str, Tensor] | None:
+def _reference_weights(module: "PolicyModule") -> dict[str, Tensor] | None:
     """Returns the reference's weights where loading the model again would not give them."""
     copy = module.policy.reference_copy
     if copy is None or (module.lora is None and module.reference is None):
@@ -109,7 +109,7 @@ def _reference_weights(module: "GRPOModule") -> dict[str, Tensor] | None:
     return copy.weights
 
 
-def _identity(module: "GRPOModule") -> dict[str, Any]:
+def _identity(module: "PolicyModule") -> dict[str, Any]:
     return {
         "model.quantization": module.quantization,
         "model.reference": None if module.reference is None else asdict(module.reference),

@@ -15,7 +15,7 @@ from grpo_lightning.errors import ConfigError
 from grpo_lightning.utils.untrusted import PlainCheckpoints, check_local, read_plain_checkpoints
 
 if TYPE_CHECKING:
-    from grpo_lightning.modules.grpo import GRPOModule
+    from grpo_lightning.modules.policy_module import PolicyModule
 
 GROWN = {"amsgrad": "max_exp_avg_sq", "centered": "grad_avg", "momentum": "momentum_buffer"}
 """options that, switched on, need a state which a run without them has not gathered"""
@@ -35,14 +35,14 @@ def built_schedule(scheduler: Any) -> dict[str, Any] | None:
     return {"class": _class_of(scheduler), "state": repr(sorted(_plain(scheduler.state_dict()).items()))}
 
 
-def describe(module: "GRPOModule") -> dict[str, Any]:
+def describe(module: "PolicyModule") -> dict[str, Any]:
     """Returns what this run's config says of optimizer and schedule; makes both to read them."""
     optimizer, scheduler, start = _made(module)
     del optimizer
     return {"optimizer": start, "schedule": built_schedule(scheduler)}
 
 
-def take_over_optimizer(module: "GRPOModule", checkpoint: dict[str, Any], then: Mapping[str, Any]) -> None:
+def take_over_optimizer(module: "PolicyModule", checkpoint: dict[str, Any], then: Mapping[str, Any]) -> None:
     """Changes optimizer and schedule in `checkpoint` to what the run's config of now asks for.
 
     Moments and step counts stay. Options that the config of now sets to another value than that of then take
@@ -79,7 +79,7 @@ def take_over_optimizer(module: "GRPOModule", checkpoint: dict[str, Any], then: 
         rank_zero_info(line)
 
 
-def _made(module: "GRPOModule") -> tuple[Any, Any, dict[str, Any]]:
+def _made(module: "PolicyModule") -> tuple[Any, Any, dict[str, Any]]:
     """Returns an optimizer and a schedule of the run's config, and what `built` says before the schedule."""
     optimizer: Any = module.make_optimizer(module.policy.trainable().values())  # pyright: ignore
     start = built(optimizer)

@@ -3,45 +3,30 @@ elsewhere."""
 
 from collections.abc import Mapping
 from dataclasses import replace
-from functools import cached_property
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import Any, Literal
 
-import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from grpo_lightning.checkpoints.contents import load, save
-from grpo_lightning.checkpoints.resume import AsksForCheckpoints
 from grpo_lightning.errors import ConfigError, hinted
 from grpo_lightning.kernels.config import KernelConfig
 from grpo_lightning.losses import Coefficients, LossConfig
 from grpo_lightning.losses.custom_check import check_surrogate
 from grpo_lightning.losses.fused import policy_loss
 from grpo_lightning.losses.policy_loss import Weights
-from grpo_lightning.metrics.logging import all_ranks, gradient_norm, gradient_scale, log_numbers
+from grpo_lightning.metrics.logging import all_ranks, log_numbers
 from grpo_lightning.metrics.reduce import Stat, combine, values
-from grpo_lightning.modules.trainer_support import TrainerSupport, explains
+from grpo_lightning.modules.policy_module import PolicyModule, adamw
+from grpo_lightning.modules.trainer_support import explains
 from grpo_lightning.packing.batch import RolloutBatch
-from grpo_lightning.policy.finite_checks import SkippedSteps, build_optimizer, check_options, check_weights
-from grpo_lightning.policy.lora import check_quantization, lora_config, starts_as_base
-from grpo_lightning.policy.model_source import loading_options, named, resolve_model
-from grpo_lightning.policy.probe import settle_forward
 from grpo_lightning.policy.reference import ReferenceConfig
 from grpo_lightning.policy.verification import check_totals, engine_gap, first_step_distance, rollout_stats
-from grpo_lightning.policy.weight_dtypes import WeightsChanged, check_precision, check_trained
 from grpo_lightning.types import PromptBatch
-
-if TYPE_CHECKING:
-    from grpo_lightning.policy.policy import Policy
-
-
-def _adamw(params: Any) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(params, lr=1e-6, weight_decay=0.0)
 
 
 @hinted
-class GRPOModule(TrainerSupport, AsksForCheckpoints):
+class GRPOModule(PolicyModule):
     """Trains a causal language model on rollouts.
 
     A batch is a `PromptBatch` into which a callback has put a `RolloutBatch`, or one of the parts that
@@ -72,7 +57,7 @@ class GRPOModule(TrainerSupport, AsksForCheckpoints):
         model_name: str,
         loss: LossConfig = LossConfig(),  # noqa: B008 - frozen
         lora: dict[str, Any] | None = None,
-        optimizer: OptimizerCallable = _adamw,
+        optimizer: OptimizerCallable = adamw,
         scheduler: LRSchedulerCallable | None = None,
         reference: ReferenceConfig | None = None,
         quantization: Literal["nf4"] | None = None,
@@ -84,125 +69,47 @@ class GRPOModule(TrainerSupport, AsksForCheckpoints):
         logprob_chunk_rows: int | None = None,
         kernels: KernelConfig = KernelConfig(),  # noqa: B008 - frozen
     ) -> None:
-        super().__init__()
-        self.model_name = model_name
+        super().__init__(
+            model_name,
+            lora=lora,
+            optimizer=optimizer,
+            scheduler=scheduler,
+            reference=reference,
+            quantization=quantization,
+            gradient_checkpointing=gradient_checkpointing,
+            disable_dropout=disable_dropout,
+            trust_remote_code=trust_remote_code,
+            model_kwargs=model_kwargs,
+            tokenizer=tokenizer,
+            logprob_chunk_rows=logprob_chunk_rows,
+            kernels=kernels,
+        )
         self.loss = loss.resolve()
-        self._lora = lora
-        self.make_optimizer = optimizer
-        self.make_scheduler = scheduler
-        self.reference = reference
-        self.quantization = quantization
-        self.gradient_checkpointing = gradient_checkpointing
-        self.disable_dropout = disable_dropout
-        self.trust_remote_code = trust_remote_code
-        self.model_kwargs = loading_options(model_name, model_kwargs, trust_remote_code)
-        self.tokenizer_name = tokenizer
-        self.logprob_chunk_rows = logprob_chunk_rows
-        self.kernels = kernels
         self._verified = False
-        self.policy: Policy = cast("Policy", None)
-        self.strict_loading = False  # checkpoints hold only what trains; `on_load_checkpoint` checks the rest
-        self._changed = WeightsChanged({})
-        self.skipped = SkippedSteps()
         self._window: list[Mapping[str, Stat]] = []
         self.window_metrics: dict[str, float] = {}
         """what the loss of the latest optimizer step logged"""
         self.window_stats: dict[str, Stat] = {}  # the sums that these are made of, over all ranks
         self.window_gaps: list[Tensor | None] = []  # of `engine_gap`, by micro-batch; None: not comparable
         self.coefficients = Coefficients(self.loss)
-        self._tokenizer: Any = None
-        self._model_path: str | None = None
         if reference is not None and not self.loss.kl_coef:
             raise ConfigError("model.reference is set but model.loss.kl_coef is 0; set kl_coef > 0")
         for caution in self.loss.cautions():
             rank_zero_warn(caution)
 
-    @cached_property
-    def lora(self) -> Any:
-        """peft's LoraConfig, or None; made on first use, since importing peft takes a while."""
-        return lora_config(self._lora)
+    @property
+    def uses_reference(self) -> bool:
+        """Whether there is a KL term."""
+        return self.loss.kl_coef != 0
 
     def setup(self, stage: str) -> None:
         """Checks options before weights are loaded."""
-        if self.gradient_checkpointing not in (True, False, "offload"):
-            raise ConfigError(
-                f"model.gradient_checkpointing is {self.gradient_checkpointing!r}; "
-                "it must be true, false or offload"
-            )
-        check_quantization(self.quantization, self.lora)
         check_surrogate(self.loss)
-        if stage == "fit" and self._trainer is not None:
-            check_options(self)
-            check_precision(self.trainer.precision, self.lora, self.model_kwargs)
-
-    @property
-    def model_path(self) -> str:
-        """What `from_pretrained` takes; converts a GGUF file on first use."""
-        if self._model_path is None:
-            self._model_path = resolve_model(self.model_name)
-        return self._model_path
-
-    @property
-    def tokenizer(self) -> Any:
-        """The tokenizer, loaded on first use and without the weights."""
-        if self._tokenizer is None:
-            from transformers import AutoTokenizer
-
-            key = "model.tokenizer" if self.tokenizer_name else "model.model_name"
-            source = self.tokenizer_name or self.model_path
-            with named(key, source):
-                self._tokenizer = AutoTokenizer.from_pretrained(
-                    source, trust_remote_code=self.trust_remote_code
-                )
-        return self._tokenizer
-
-    @property
-    def context_length(self) -> int | None:
-        """Most tokens the model takes, prompt and completion; None where its config does not say."""
-        from transformers import AutoConfig
-
-        with named("model.model_name", self.model_path):
-            config = AutoConfig.from_pretrained(self.model_path, trust_remote_code=self.trust_remote_code)
-        return getattr(config.get_text_config(), "max_position_embeddings", None)
-
-    def configure_model(self) -> None:
-        """Loads the weights, in the dtype of the Trainer's precision."""
-        if self.policy is None:
-            self.policy = self._load()
-        if self._trainer is not None:
-            self.policy.precision = self._trainer.precision_plugin.forward_context
-
-    def _load(self) -> "Policy":
-        from grpo_lightning.policy.loading import load_policy
-
-        return load_policy(
-            self.model_path,
-            self.tokenizer,
-            lora=self.lora,
-            model_kwargs={"trust_remote_code": self.trust_remote_code, **self.model_kwargs},
-            gradient_checkpointing=self.gradient_checkpointing,
-            disable_dropout=self.disable_dropout,
-            quantization=self.quantization,
-            keep_reference=self.loss.kl_coef != 0
-            and (self.reference is not None or not starts_as_base(self.lora)),
-            reference_dtype=None if self.reference is None else torch.float32,
-            chunk_rows=self.logprob_chunk_rows,
-        )
-
-    def configure_optimizers(self) -> Any:
-        """Returns the optimizer over what trains, and the scheduler, stepped once per optimizer step."""
-        trained = self.policy.trainable()
-        check_trained(trained, self.model_kwargs)
-        self._changed = WeightsChanged(trained)
-        optimizer, scheduler = build_optimizer(self.make_optimizer, self.make_scheduler, trained.values())
-        if scheduler is None:
-            return optimizer
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+        super().setup(stage)
 
     def on_fit_start(self) -> None:
         """Checks that this library computes what the model does, and exchanges layers for speed."""
-        settle_forward(self.policy)
-        self.policy.prepare(self.kernels, self.device)
+        super().on_fit_start()
         self._verified = False
 
     def score(self, batch: RolloutBatch, *, old: bool) -> RolloutBatch:
@@ -251,22 +158,6 @@ class GRPOModule(TrainerSupport, AsksForCheckpoints):
         self._verified = bool(found)
         log_numbers(self, found)
 
-    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Logs the gradient's norm before it is clipped, and the learning rate; skips what is not finite."""
-        norm = gradient_norm(self.parameters()) / gradient_scale(self.trainer, optimizer)
-        skipped, rate = self.skipped.judge(self, optimizer, norm), float(optimizer.param_groups[0]["lr"])
-        log_numbers(self, {"grad_norm": norm, "learning_rate": rate, "train/skipped_steps": skipped})
-
-    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        """Steps, and lets the reference follow; here, so that a checkpoint of this step holds both."""
-        with self._changed.step(self.trainer.optimizers) as found:
-            super().optimizer_step(*args, **kwargs)
-            check_weights(self)
-        log_numbers(self, found)
-        if self.reference is not None and (self.global_step + 1) % self.reference.ema_every == 0:
-            assert self.policy.reference_copy is not None
-            self.policy.reference_copy.mix(self.policy.trainable(), self.reference.ema_alpha)
-
     def _counted(self, rollout: RolloutBatch) -> RolloutBatch:
         """Returns the batch with the number of micro-batches that Lightning and DDP average over."""
         averaged = self.trainer.accumulate_grad_batches * self.trainer.world_size
@@ -297,13 +188,13 @@ class GRPOModule(TrainerSupport, AsksForCheckpoints):
         self.window_metrics = metrics
         log_numbers(self, metrics, shown=("kl",))
 
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keeps what trains, and says what it belongs to."""
-        save(self, checkpoint)
+    def loss_state(self) -> dict[str, Any]:
+        """Returns the coefficients, which adapt from step to step."""
+        return {"coefficients": self.coefficients.state_dict()}
 
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuses a checkpoint of another model or adapter, naming what differs."""
-        load(self, checkpoint)
+    def load_loss_state(self, state: dict[str, Any]) -> None:
+        """Takes over what `loss_state` returned."""
+        self.coefficients.load_state_dict(state["coefficients"])
 
 
 def _rollout_of(batch: RolloutBatch | PromptBatch) -> RolloutBatch:

@@ -24,7 +24,7 @@ from grpo_lightning.metrics.logging import any_rank, gather, norm_of
 from grpo_lightning.utils.ranges import check_numbers
 
 if TYPE_CHECKING:
-    from grpo_lightning.modules.grpo import GRPOModule
+    from grpo_lightning.modules.policy_module import PolicyModule
 
 IN_A_ROW = 3
 """skipped optimizer steps in a row that stop a run"""
@@ -56,7 +56,7 @@ class SkippedSteps:
         self._found += [f"{bad:.0f} of the trainer's log-probabilities"] if bad else []
         return not self._found
 
-    def judge(self, module: "GRPOModule", optimizer: torch.optim.Optimizer, norm: Tensor) -> float:
+    def judge(self, module: "PolicyModule", optimizer: torch.optim.Optimizer, norm: Tensor) -> float:
         """Takes the gradients away where the step must not be taken; returns the steps skipped so far.
 
         Args:
@@ -82,7 +82,7 @@ class SkippedSteps:
             self._count(module, everything)
         return self.total
 
-    def _count(self, module: "GRPOModule", found: list[str]) -> None:
+    def _count(self, module: "PolicyModule", found: list[str]) -> None:
         self.total, self.in_a_row = self.total + 1, self.in_a_row + 1
         step, what = module.global_step, f"not finite: {', '.join(found)}"
         if self.in_a_row < IN_A_ROW:
@@ -121,7 +121,7 @@ def _withhold(optimizer: Any, scaler: Any) -> None:
         p.grad = p.grad.fill_(math.nan) if fused else None
 
 
-def check_weights(module: "GRPOModule") -> None:
+def check_weights(module: "PolicyModule") -> None:
     """Raises GRPOError, on all ranks together, if an optimizer step has left weights that are not finite."""
     trained = module.policy.trainable()
     if any_rank(torch.tensor(not finite(trained.values()), device=module.device)):
@@ -147,7 +147,7 @@ def finite(tensors: Iterable[Tensor]) -> bool:
 
 
 def check_saved_numbers(
-    module: "GRPOModule", checkpoint: Mapping[str, Any], reference: Mapping[str, Tensor] | None
+    module: "PolicyModule", checkpoint: Mapping[str, Any], reference: Mapping[str, Tensor] | None
 ) -> None:
     """Raises GRPOError if what a checkpoint would hold is not finite; an older one then stays.
 
@@ -217,7 +217,7 @@ def build_optimizer(
     return optimizer, scheduler
 
 
-def check_options(module: "GRPOModule") -> None:
+def check_options(module: "PolicyModule") -> None:
     """Raises ConfigError for numbers of the Trainer and of the module that cannot work."""
     clip, rows = module.trainer.gradient_clip_val, module.logprob_chunk_rows
     allowed = (clip is None or clip >= 0, ">= 0; 0 and null do not clip")

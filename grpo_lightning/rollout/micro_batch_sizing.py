@@ -14,6 +14,7 @@ from grpo_lightning.errors import ConfigError
 from grpo_lightning.metrics.logging import gather
 from grpo_lightning.packing.batch import RolloutBatch
 from grpo_lightning.packing.geometry import SequenceLayout
+from grpo_lightning.rollout.trained_module import TrainsOnRollouts
 
 FRACTION = 0.85
 """of the available memory that a prediction may fill; the rest is for fragments"""
@@ -144,7 +145,7 @@ class MicroBatchSizer:
         self._metrics: dict[str, float] = {}
 
     @classmethod
-    def of(cls, wanted: int | str, trainer: pl.Trainer, module: Any) -> "MicroBatchSizer":
+    def of(cls, wanted: int | str, trainer: pl.Trainer, module: TrainsOnRollouts) -> "MicroBatchSizer":
         """Returns the one for a fit; it meters where that can change something and the gradient stays."""
         most = trainer.accumulate_grad_batches
         make = METERS.get(module.device.type) if wanted == "auto" and most > 1 else None

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import lightning.pytorch as pl
 import torch
@@ -17,6 +17,7 @@ from grpo_lightning.packing.geometry import sampling_weights
 from grpo_lightning.rollout.collector import Collector, Rollout
 from grpo_lightning.rollout.micro_batch_sizing import MicroBatchSizer, cut
 from grpo_lightning.rollout.phases import profiled
+from grpo_lightning.rollout.trained_module import TrainsOnRollouts
 
 if TYPE_CHECKING:
     from grpo_lightning.callbacks.rollout import RolloutCallback
@@ -29,7 +30,11 @@ FEWEST = 4
 
 
 def make_micro_batches(
-    rollout: Rollout, collector: Collector, settings: "RolloutCallback", trainer: pl.Trainer, module: Any
+    rollout: Rollout,
+    collector: Collector,
+    settings: "RolloutCallback",
+    trainer: pl.Trainer,
+    module: TrainsOnRollouts,
 ) -> tuple[list[RolloutBatch], int]:
     """Returns the micro-batches of one pass, in training order, and how many groups were dropped."""
     whole = _with_kl_in_reward(rollout, collector, trainer, module)
@@ -47,7 +52,7 @@ def make_micro_batches(
 
 
 def _with_kl_in_reward(
-    rollout: Rollout, collector: Collector, trainer: pl.Trainer, module: Any
+    rollout: Rollout, collector: Collector, trainer: pl.Trainer, module: TrainsOnRollouts
 ) -> RolloutBatch:
     """Returns the batch with its reference; the rewards lose kl_coef times the summed log-ratio to it."""
     loss: LossConfig = module.loss
@@ -86,7 +91,11 @@ def _drops(settings: "RolloutCallback", loss: LossConfig) -> bool:
 
 
 def _micro_batches(
-    window: RolloutBatch, several: bool, settings: "RolloutCallback", trainer: pl.Trainer, module: Any
+    window: RolloutBatch,
+    several: bool,
+    settings: "RolloutCallback",
+    trainer: pl.Trainer,
+    module: TrainsOnRollouts,
 ) -> list[RolloutBatch]:
     """Returns the micro-batches of one optimizer step, scored where the policy moves before they train."""
     loss: LossConfig = module.loss

@@ -221,7 +221,7 @@ def test_a_healthy_run_is_the_same_run(model_folder, tmp_path, monkeypatch):
     for i, checked in enumerate((True, False)):
         if not checked:
             monkeypatch.setattr("grpo_lightning.policy.finite_checks.SkippedSteps.judge", lambda *a: 0)
-            monkeypatch.setattr("grpo_lightning.modules.grpo.check_weights", lambda m: None)
+            monkeypatch.setattr("grpo_lightning.modules.policy_module.check_weights", lambda m: None)
             monkeypatch.setattr("grpo_lightning.checkpoints.contents.check_saved_numbers", lambda *a: None)
         m = module(model_folder)
         t = trainer(

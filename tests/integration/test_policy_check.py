@@ -175,7 +175,7 @@ def test_kernels_that_compute_something_else_are_named(folders, tmp_path, monkey
 
     monkeypatch.setattr(Policy, "logprobs", off)
     monkeypatch.setattr(GRPOModule, "_verify", lambda self, rollout: None)
-    monkeypatch.setattr("grpo_lightning.modules.grpo.settle_forward", lambda policy: None)
+    monkeypatch.setattr("grpo_lightning.modules.policy_module.settle_forward", lambda policy: None)
     t = trainer(tmp_path, rollout(), max_steps=2)
     with pytest.raises(GRPOError, match=r"the packed forward computes something else .* Kernels: none"):
         t.fit(module(folders["Llama"]), data())

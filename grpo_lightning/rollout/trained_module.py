@@ -1,0 +1,64 @@
+"""What a rollout uses of the LightningModule that it feeds, checked before weights are loaded."""
+
+import inspect
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from grpo_lightning.errors import ConfigError
+from grpo_lightning.losses import Coefficients, LossConfig
+from grpo_lightning.metrics.reduce import Stat
+from grpo_lightning.packing.batch import RolloutBatch
+from grpo_lightning.policy.policy import Policy
+
+
+class TrainsOnRollouts(Protocol):
+    """A LightningModule that `RolloutCallback` can feed. `PolicyModule` has the first four names.
+
+    Attributes:
+        policy: what is trained; loaded by `configure_model`.
+        model_path: what `from_pretrained` takes, for engines with a copy of the weights.
+        tokenizer: loaded without the weights.
+        device: of Lightning.
+        loss: what decides which groups are dropped, which advantages are made, and what is scored before.
+        coefficients: of the KL term in the reward.
+        window_stats: of the last optimizer step, over all ranks; `sampling/kl_engine_trainer` is read.
+        window_gaps: by micro-batch of that step, of `policy.verification.engine_gap` or None.
+    """
+
+    policy: Policy
+    loss: LossConfig
+    coefficients: Coefficients
+    window_stats: Mapping[str, Stat]
+    window_gaps: list[Tensor | None]
+
+    @property
+    def model_path(self) -> str: ...
+
+    @property
+    def tokenizer(self) -> Any: ...
+
+    @property
+    def device(self) -> Any: ...
+
+    def score(self, batch: RolloutBatch, *, old: bool) -> RolloutBatch:
+        """Returns a micro-batch with the log-probabilities that are taken before it trains."""
+        ...
+
+
+def check_module(module: object) -> None:
+    """Raises ConfigError, naming what is missing, unless a LightningModule is a `TrainsOnRollouts`."""
+    wanted = sorted({*TrainsOnRollouts.__annotations__, "model_path", "tokenizer", "device", "score"})
+    missing = [name for name in wanted if not _has(module, name)]
+    if missing:
+        raise ConfigError(
+            f"{type(module).__name__} cannot train on rollouts: it has no {', '.join(missing)}; "
+            "take GRPOModule, or derive from PolicyModule and add what `TrainsOnRollouts` lists"
+        )
+
+
+def _has(module: object, name: str) -> bool:
+    """Returns whether a name is there, without calling a property: it may load a tokenizer."""
+    missing = object()
+    return inspect.getattr_static(module, name, missing) is not missing
