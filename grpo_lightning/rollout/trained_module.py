@@ -1,6 +1,5 @@
 """What a rollout uses of the LightningModule that it feeds, checked before weights are loaded."""
 
-import inspect
 from collections.abc import Mapping
 from typing import Any, Protocol
 
@@ -49,16 +48,10 @@ class TrainsOnRollouts(Protocol):
 
 def check_module(module: object) -> None:
     """Raises ConfigError, naming what is missing, unless a LightningModule is a `TrainsOnRollouts`."""
-    wanted = sorted({*TrainsOnRollouts.__annotations__, "model_path", "tokenizer", "device", "score"})
-    missing = [name for name in wanted if not _has(module, name)]
+    wanted = {*TrainsOnRollouts.__annotations__, "model_path", "tokenizer", "device", "score"}
+    missing = sorted(wanted.difference(dir(module)))  # getattr would load a tokenizer
     if missing:
         raise ConfigError(
             f"{type(module).__name__} cannot train on rollouts: it has no {', '.join(missing)}; "
             "take GRPOModule, or derive from PolicyModule and add what `TrainsOnRollouts` lists"
         )
-
-
-def _has(module: object, name: str) -> bool:
-    """Returns whether a name is there, without calling a property: it may load a tokenizer."""
-    missing = object()
-    return inspect.getattr_static(module, name, missing) is not missing

@@ -77,6 +77,13 @@ def test_a_module_without_what_is_used_is_refused_by_name(tmp_path):
         trainer(tmp_path, rollout()).fit(Bare(), data())
 
 
+def test_a_module_with_its_weights_passes(model_folder):
+    """As the command line has it, where a model that cannot be loaded is refused first."""
+    m = BestOfGroup(model_folder)
+    m.configure_model()
+    check_module(m)
+
+
 def test_the_check_calls_no_property(model_folder):
     """A tokenizer may take seconds, or a network, to load."""
 
