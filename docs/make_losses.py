@@ -20,40 +20,63 @@ REQUIRED = {
 
 INTRO = """# Losses
 
-Made from the tables of the package by `python docs/make_losses.py`; a test keeps it in step.
+Generated from the tables of the package by `python docs/make_losses.py`; a test keeps it up to date.
 
-`loss = sum_n w_n c_n l_n + kl_coef sum_n w_n KL_n - entropy_coef mean(H)` over the `N` completion tokens of an optimizer
-step, on all ranks. The surrogate gives `l`, the ratio level the `rho` it sees, the aggregation the weight `w`, the sampler
-correction `c`. `A`: advantage, `d`: log-ratio to the old policy, `l`: log-probability, `sg`: without gradient.
+`loss = sum_n w_n c_n surrogate_n + kl_coef sum_n w_n KL_n - entropy_coef mean(H)` over the `N` loss tokens of an
+optimizer step, on all ranks. Loss tokens are the completion tokens that the loss covers. Symbols:
 
-All counts (`N_w` tokens, `S_w` completions, `P_w` groups) are of the whole optimizer step, so that a gradient does not depend on
-how it is split; the one exception is `bnpo`, by its definition.
+- `rho`: the ratio that the surrogate gets; the ratio level determines it.
+- `w`: weight of the aggregation.
+- `c`: sampler correction.
+- `A`: advantage.
+- `l`: log-probability.
+- `d`: log-ratio to the old policy.
+- `sg`: stop-gradient.
+
+All counts (`N_w` tokens, `S_w` completions, `P_w` groups) cover the whole optimizer step, so a gradient does not depend
+on how the step is split into micro-batches. The only exception is `bnpo`, by its definition.
 """
 
 KL = """
-`kl_bias_correction` multiplies `k1` and `k3` by the ratio (2512.02556), which makes their gradient unbiased. `kl_in: reward` takes
-`kl_coef` times the sum of `old - reference` (k1) off each completion's reward instead. `adaptive_kl: {target: 0.05}` lets `kl_coef`
-follow the divergence: `coef (1 + gain clip(KL / target - 1, -0.2, 0.2))` after every optimizer step (1909.08593).
+`kl_bias_correction` multiplies `k1` and `k3` by the ratio (2512.02556), which makes their gradient unbiased. With
+`kl_in: reward`, there is no KL term in the loss. Instead, each completion's reward is reduced by `kl_coef` times the
+sum of `old - reference` (k1). `adaptive_kl: {target: 0.05}` adapts `kl_coef` to the KL divergence:
+`coef (1 + gain clip(KL / target - 1, -0.2, 0.2))` after every optimizer step (1909.08593).
 
-The reference is the policy that training starts from: the base without its adapter, or a copy of what trains where there
-is no adapter or where the adapter does not start as zero (PiSSA, OLoRA ...). `model.reference: {ema_alpha: 0.6, ema_every: 512}`
-lets it follow: `ref <- ema_alpha policy + (1 - ema_alpha) ref` every 512 optimizer steps; 1 is a periodic copy. With an adapter
-the mean is that of its factors A and B. Both are part of a checkpoint.
+The reference is the policy at the start of training. With an adapter, it is the base without the adapter. A copy of the
+trained weights is kept instead if there is no adapter, or if the adapter does not start at zero (PiSSA, OLoRA ...).
+
+`model.reference: {ema_alpha: 0.6, ema_every: 512}` lets the reference follow the policy:
+`ref <- ema_alpha policy + (1 - ema_alpha) ref` every 512 optimizer steps. An `ema_alpha` of 1 copies the policy. With
+an adapter, the mean is taken over its factors A and B. The copy and the moving reference are saved in checkpoints.
 """
 
 CORRECTION = """
 ## Sampler corrections
 
-An engine computes in other kernels, perhaps in fewer bits, than the trainer: its policy is slightly another. With
-`m = old - sampler` per token, `q` is `exp(m)` (`level: token`), the product over the completion (`sequence`) or its geometric mean
-(`geometric`); `mode: truncate` clamps `q` to `[low, high]`, `mask` puts 0 for what lies outside, `gate` lets `q` decide and weighs by
-`exp(m)`. `bypass: true` takes the engine's log-probabilities as the old ones: the clip then bounds the mismatch too, and no old
-pass is needed (but with truncated sampling). What is dropped keeps its place in the normalisers. `off_policy_threshold` drops completions with A < 0 whose
-policy has moved further on average (2512.02556).
+An engine uses other kernels than the trainer, and perhaps fewer bits, so its policy differs slightly (policy mismatch).
+Let `m = old - sampler` per token. `level` determines `q`, and `mode` the weight:
 
-With `top_p`, `top_k` or `min_p` an engine's log-probabilities are renormalised over the tokens it kept. They are brought back to the
-whole vocabulary by the mass that the trainer's policy has in that set, so that the cut is not taken for a mismatch. Penalties, structured outputs and the like cannot be undone: the engine's
-numbers are not used then, and a warning says so.
+| `level` | `q` |
+|---|---|
+| `token` | `exp(m)` |
+| `sequence` | product of `exp(m)` over the completion |
+| `geometric` | geometric mean of `exp(m)` over the completion |
+
+| `mode` | weight |
+|---|---|
+| `truncate` | `q`, clamped to `[low, high]` |
+| `mask` | `q`, or 0 if `q` is outside `[low, high]` |
+| `gate` | `exp(m)`, or 0 if `q` is outside `[low, high]` |
+
+`bypass: true` uses the engine's log-probabilities as the old ones. The clip then bounds the mismatch too, and no old
+pass is needed (except with truncated sampling). Dropped tokens and completions still count in the normalizers.
+`off_policy_threshold` drops completions with A < 0 whose policy has moved further than that on average (2512.02556).
+
+With `top_p`, `top_k` or `min_p`, an engine's log-probabilities are renormalized over the tokens it kept. They are
+converted back to the whole vocabulary with the probability mass that the trainer's policy has in that set, so that the
+truncation does not count as a mismatch. Penalties, structured outputs and the like cannot be undone. The engine's
+log-probabilities are then not used, and a warning says so.
 
 Watch `sampling/importance_sampling_ratio/mean` (near 1), `sampling/ess` (effective share of the tokens) and
 `sampling/dropped_sequence_frac` (a few per cent at most).
@@ -62,21 +85,22 @@ Watch `sampling/importance_sampling_ratio/mean` (near 1), `sampling/ess` (effect
 SWITCH = """
 ## What changes when you come from TRL
 
-- `loss_type` is `model.loss.name`, `beta` is `model.loss.kl_coef`, `epsilon` / `epsilon_high` are `clip_low` / `clip_high`, `delta` is
-  `dual_clip`. For `cispo` the cap is `cispo_weight_max` (absolute), not `clip_high`.
-- `dapo` clips at 0.2 / 0.28 and `dr_grpo` does not divide advantages by the group's spread, as their papers say; TRL keeps
-  0.2 / 0.2 and the spread. To reproduce TRL set `clip_high: 0.2` or `rollout.advantage: group_norm`.
-- Normalisers are exact counts of the optimizer step; TRL spreads a rollout's count evenly over its steps.
-- The sampler correction is per token, truncated at 2 (TRL: per completion, masked at 3): a bias of 0.01 nat over 1,000 tokens
-  makes a completion's weight e^10, and every long completion would be dropped.
-- The entropy bonus is a mean over the step's tokens for every recipe; the selection of high-entropy tokens is made once per step
+- `loss_type` is `model.loss.name`, `beta` is `model.loss.kl_coef`, `epsilon` / `epsilon_high` are `clip_low` /
+  `clip_high`, and `delta` is `dual_clip`. For `cispo`, the cap is `cispo_weight_max` (absolute), not `clip_high`.
+- `dapo` clips at 0.2 / 0.28, and `dr_grpo` does not divide advantages by the group's standard deviation, as in their
+  papers. TRL clips at 0.2 / 0.2 and divides. To reproduce TRL, set `clip_high: 0.2` or `rollout.advantage: group_norm`.
+- Normalizers are exact counts of the optimizer step. TRL divides a rollout's count evenly among its steps.
+- The sampler correction is per token, truncated at 2 (TRL: per completion, masked at 3). A bias of 0.01 nat over 1,000
+  tokens makes a completion's weight e^10, so a mask per completion would drop every long completion.
+- The entropy bonus is a mean over the step's tokens for every recipe. High-entropy tokens are selected once per step
   from the old policy, not per micro-batch.
-- Log-ratios are clamped to +-20, which changes nothing below that. `dual_clip` below `1 + clip_high` is refused: it would cut
-  positive advantages too.
-- A group whose rewards are all equal has advantages of exactly 0; in TRL's float32 a rounded mean can leave 2e-3.
-- Means over completions leave out those without trainable tokens. The off-policy mask takes the old policy's log-probability
-  where the engine reported none.
-- `docs/conformance.md` has the numbers: our losses and gradients beside TRL's and Liger's, cell by cell (`make conformance`).
+- Log-ratios are clamped to +-20; smaller values are unchanged. `dual_clip` below `1 + clip_high` is refused, because it
+  would also cut positive advantages.
+- A group whose rewards are all equal has advantages of exactly 0. In TRL, a mean rounded in float32 can leave 2e-3.
+- Means over completions leave out those without trainable tokens. Where the engine reported no log-probability, the
+  off-policy mask uses the old policy's.
+- `docs/conformance.md` has the numbers: our losses and gradients compared with TRL's and Liger's, cell by cell
+  (`make conformance`).
 """
 
 
@@ -106,15 +130,20 @@ def page() -> str:
             r.differs,
         ]
         parts.append("| " + " | ".join(c or "–" for c in cells) + " |")
-    parts += ["\n## Surrogates\n", "| name | l, minimised | ratio levels | arXiv |", "|---|---|---|---|"]
+    parts += [
+        "\n## Surrogates\n",
+        "| name | surrogate, minimised | ratio levels | arXiv |",
+        "|---|---|---|---|",
+    ]
     for name, s in SURROGATES.items():
         if "." not in name:
             formula = s.formula.replace("|", "\\|")
             parts.append(f"| `{name}` | `{formula}` | {', '.join(s.levels)} | {s.paper or '–'} |")
     parts.append(
-        "\nValue and gradient at one token against its ratio, A = 1 and A = -1:\n\n![surrogates](losses.png)"
+        "\nValue and gradient of each surrogate at one token, plotted against the ratio, for A = 1 and A = -1:\n\n"
+        "![surrogates](losses.png)"
     )
-    parts += ["\n## Aggregations\n", "| name | w | same for any split |", "|---|---|---|"]
+    parts += ["\n## Aggregations\n", "| name | w | independent of the split |", "|---|---|---|"]
     parts += [
         f"| `{n}` | `{a.formula}` | {'yes' if a.split_invariant else 'no'} |" for n, a in AGGREGATIONS.items()
     ]
@@ -122,7 +151,7 @@ def page() -> str:
     parts += [f"| `{n}` | `{a.formula}` | {a.paper or '–'} |" for n, a in ADVANTAGES.items()]
     parts += [
         "\n## KL estimators\n",
-        "`x = reference - policy`, in nats.\n",
+        "`x = reference - policy`, a difference of log-probabilities in nats.\n",
         "| name | KL | bias correction |",
         "|---|---|---|",
     ]

@@ -32,7 +32,7 @@ def rounding_unit(dtype: torch.dtype, device: torch.device) -> float:
 
 @contextmanager
 def random_rounding(decoder: nn.Module, eps: float, seed: int) -> Iterator[None]:
-    """BatchedSession at random inside; leaves no trace, and draws from a generator of its own.
+    """Rounds at random inside; leaves no trace, and draws from a generator of its own.
 
     Args:
         decoder: of a transformers model.
