@@ -36,7 +36,7 @@ from grpo_lightning.packing.batch import RolloutBatch
 from grpo_lightning.rewards.suite import TIMEOUT_S, Rewards
 from grpo_lightning.rollout.collector import Collector, Rollout
 from grpo_lightning.rollout.micro_batch_sizing import MicroBatchSizer, check_micro_batches
-from grpo_lightning.rollout.micro_batches import make_micro_batches
+from grpo_lightning.rollout.micro_batches import Splitting, make_micro_batches
 from grpo_lightning.rollout.phases import profiled
 from grpo_lightning.types import PromptBatch, SamplingParams
 from grpo_lightning.utils.signals import at_once
@@ -224,7 +224,9 @@ class RolloutCallback(Callback):
         self._samples = rollout.samples
         self.recorder.write(trainer, rollout)
         scoring = perf_counter()
-        parts, dropped = make_micro_batches(rollout, collector, self, trainer, module)
+        steps = self.updates_per_rollout, self.num_iterations, self.zero_variance_groups
+        splitting = Splitting(*steps, self.micro_batch_sizer, self.seed)
+        parts, dropped = make_micro_batches(rollout, collector, splitting, trainer, module)
         seconds = {"score": perf_counter() - scoring, "rollout": perf_counter() - started}
         self._metrics.log(trainer, module, rollout, dropped, seconds)
         return parts * self.num_iterations

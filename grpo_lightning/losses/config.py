@@ -132,7 +132,8 @@ class LossConfig:
         """
         recipe = self.recipe
         parts = {name: getattr(recipe, name) for name in ("surrogate", "ratio_level", "aggregation")}
-        surrogate = find_surrogate(self.surrogate or recipe.surrogate)
+        key = "model.loss.surrogate" if self.surrogate else "model.loss.name"
+        surrogate = find_surrogate(self.surrogate or recipe.surrogate, key)
         defaults = {**COMMON_DEFAULTS, **recipe.defaults, **parts}
         if surrogate is not None:
             defaults = {**surrogate.defaults, **defaults}

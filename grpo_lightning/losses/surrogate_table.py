@@ -7,7 +7,6 @@ Any of `AVAILABLE` may be a parameter; most need `(ratio, advantages, logprobs, 
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import cache
 from typing import Any
 
 from torch import Tensor
@@ -101,19 +100,24 @@ def register_surrogate(
     return add
 
 
-def find_surrogate(name: str) -> Surrogate | None:
+def find_surrogate(name: str, key: str = "model.loss.name") -> Surrogate | None:
     """Returns a row of `SURROGATES`, or one made of your own function where `name` is an import path.
+
+    Args:
+        name: of the row, or the path.
+        key: what an error names.
 
     Raises:
         ConfigError: nothing can be imported by that path, or it asks for something that is not available.
     """
-    return SURROGATES.get(name) or (_imported(name) if "." in name else None)
+    if "." in name and name not in _OWN:
+        function: Callable[..., Tensor] = import_object(name, key)
+        _OWN[name] = Surrogate(function, _parameters(name, function), ALL_LEVELS, "", "")
+    return SURROGATES.get(name) or _OWN.get(name)
 
 
-@cache
-def _imported(path: str) -> Surrogate:
-    function: Callable[..., Tensor] = import_object(path, "model.loss.name")
-    return Surrogate(function, _parameters(path, function), ALL_LEVELS, "", "")
+_OWN: dict[str, Surrogate] = {}
+"""your own functions by import path, each imported once"""
 
 
 def _parameters(name: str, function: Callable[..., Tensor]) -> tuple[str, ...]:

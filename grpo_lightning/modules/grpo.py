@@ -164,10 +164,10 @@ class GRPOModule(PolicyModule):
         return replace(rollout, totals=replace(rollout.totals, micro_batches=averaged))
 
     def _rollout_stats(self, rollout: RolloutBatch, logprobs: Tensor) -> dict[str, Stat]:
-        lag = self.global_step - min(rollout.policy_versions, default=self.global_step)
-        gap = engine_gap(rollout, logprobs) if lag == 0 else None
+        lags = [self.global_step - version for version in rollout.policy_versions]
+        gap = None if any(lags) else engine_gap(rollout, logprobs)
         self.window_gaps.append(gap)
-        return rollout_stats(rollout, logprobs, gap, lag)
+        return rollout_stats(rollout, logprobs, gap, lags)
 
     def _window_is_full(self, batch_idx: int) -> bool:
         k = self.trainer.accumulate_grad_batches

@@ -1,6 +1,6 @@
 """Numbers that must agree: the prepared model's with the model as loaded, the engine's with the trainer's."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import NamedTuple
@@ -12,7 +12,7 @@ from grpo_lightning.errors import ConfigError, GRPOError
 from grpo_lightning.losses.completion_sums import Segments
 from grpo_lightning.losses.token_selection import require
 from grpo_lightning.metrics.logging import over_ranks
-from grpo_lightning.metrics.reduce import Stat, mean, ratio, reduced
+from grpo_lightning.metrics.reduce import Stat, mean, mean_of, ratio, reduced
 from grpo_lightning.packing.batch import RolloutBatch
 from grpo_lightning.policy.finite_checks import BAD_LOGPROBS
 from grpo_lightning.policy.forward import padded_hidden
@@ -155,22 +155,24 @@ def engine_gap(rollout: RolloutBatch, logprobs: Tensor) -> Tensor | None:
     return None if rollout.sampler_logprobs is None else logprobs - rollout.sampler_logprobs
 
 
-def rollout_stats(rollout: RolloutBatch, logprobs: Tensor, gap: Tensor | None, lag: int) -> dict[str, Stat]:
+def rollout_stats(
+    rollout: RolloutBatch, logprobs: Tensor, gap: Tensor | None, lags: Sequence[int]
+) -> dict[str, Stat]:
     """Returns what a micro-batch is part of, how far it is from its engine, and its ratios from 1 at first.
 
     Args:
         rollout: a micro-batch.
         logprobs: [N] of the training forward, without gradient.
         gap: of `engine_gap`, or None.
-        lag: optimizer steps since the completions were sampled.
+        lags: [S] optimizer steps since each completion was sampled.
     """
     stats = {
-        "rollout/policy_lag": mean(float(lag), 1.0),
+        "rollout/policy_lag": mean_of(map(float, lags)),
         "rollout/window_tokens": reduced("max", float(rollout.totals.tokens)),
         "rollout/loss_tokens": reduced("sum", float(sum(rollout.lengths))),
         BAD_LOGPROBS: reduced("sum", (~logprobs.isfinite()).sum()),
     }
-    if lag == 0 and rollout.old_logprobs is not None and len(logprobs):
+    if not any(lags) and rollout.old_logprobs is not None and len(logprobs):
         error = ((logprobs - rollout.old_logprobs).exp() - 1).abs().max()
         stats["ratio/first_pass_max_error"] = reduced("max", error)
     return stats if gap is None else stats | engine_distance(rollout, gap)

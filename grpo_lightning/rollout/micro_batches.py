@@ -1,8 +1,7 @@
 """From a rollout to the micro-batches that train: penalties, windows, passes without gradient, selections."""
 
 from collections.abc import Sequence
-from dataclasses import replace
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, replace
 
 import lightning.pytorch as pl
 import torch
@@ -19,9 +18,6 @@ from grpo_lightning.rollout.micro_batch_sizing import MicroBatchSizer, cut
 from grpo_lightning.rollout.phases import profiled
 from grpo_lightning.rollout.trained_module import TrainsOnRollouts
 
-if TYPE_CHECKING:
-    from grpo_lightning.callbacks.rollout import RolloutCallback
-
 COMPLETIONS = 32
 """that metrics should rest on, per rank and optimizer step"""
 SAMPLED_TOKENS = 2048
@@ -29,23 +25,42 @@ SAMPLED_TOKENS = 2048
 FEWEST = 4
 
 
+@dataclass(frozen=True, slots=True)
+class Splitting:
+    """How a rollout becomes optimizer steps, and these micro-batches.
+
+    Args:
+        updates_per_rollout: optimizer steps of one pass, each with its own groups.
+        num_iterations: passes.
+        zero_variance_groups: drop, keep, or null for what the recipe says.
+        sizer: into how many micro-batches an optimizer step is cut.
+        seed: of the run.
+    """
+
+    updates_per_rollout: int
+    num_iterations: int
+    zero_variance_groups: str | None
+    sizer: MicroBatchSizer
+    seed: int
+
+
 def make_micro_batches(
     rollout: Rollout,
     collector: Collector,
-    settings: "RolloutCallback",
+    splitting: Splitting,
     trainer: pl.Trainer,
     module: TrainsOnRollouts,
 ) -> tuple[list[RolloutBatch], int]:
     """Returns the micro-batches of one pass, in training order, and how many groups were dropped."""
     whole = _with_kl_in_reward(rollout, collector, trainer, module)
     batch = whole
-    if _drops(settings, module.loss):
+    if _drops(splitting, module.loss):
         batch = whole.without_groups(rollout.rewards.zero_variance_groups(collector.advantage))
-    several = settings.updates_per_rollout * settings.num_iterations > 1
+    several = splitting.updates_per_rollout * splitting.num_iterations > 1
     parts = [
         part
-        for window in batch.windows(settings.updates_per_rollout)
-        for part in _micro_batches(window, several, settings, trainer, module)
+        for window in batch.windows(splitting.updates_per_rollout)
+        for part in _micro_batches(window, several, splitting, trainer, module)
     ]
     raise_together(_unsound(parts, module.loss))
     return parts, len(whole.prompt_lengths) - len(batch.prompt_lengths)
@@ -85,22 +100,22 @@ def _unsound(parts: Sequence[RolloutBatch], loss: LossConfig) -> GRPOError | Non
     return None
 
 
-def _drops(settings: "RolloutCallback", loss: LossConfig) -> bool:
+def _drops(splitting: Splitting, loss: LossConfig) -> bool:
     default = "drop" if loss.recipe.drops_zero_variance_groups else "keep"
-    return (settings.zero_variance_groups or default) == "drop"
+    return (splitting.zero_variance_groups or default) == "drop"
 
 
 def _micro_batches(
     window: RolloutBatch,
     several: bool,
-    settings: "RolloutCallback",
+    splitting: Splitting,
     trainer: pl.Trainer,
     module: TrainsOnRollouts,
 ) -> list[RolloutBatch]:
     """Returns the micro-batches of one optimizer step, scored where the policy moves before they train."""
     loss: LossConfig = module.loss
-    seed = settings.seed
-    parts = _cut(window, settings.micro_batch_sizer, trainer.world_size, loss, seed)
+    seed = splitting.seed
+    parts = _cut(window, splitting.sizer, trainer.world_size, loss, seed)
     # The engine's numbers stand for the old ones, once they are over the whole vocabulary.
     bypassed = loss.correction.bypass and window.sampler_logprobs is not None and window.truncation is None
     old = (several and not bypassed) or loss.needs_old_pass

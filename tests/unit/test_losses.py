@@ -583,3 +583,9 @@ def test_loss_totals_do_not_depend_on_local_counts():
     t = LossTotals(tokens=10, sequences=4, groups=2, max_tokens=4)
     b = replace(fixture(), totals=t)
     assert value_and_grad(b, LossConfig("dapo"))[0] == pytest.approx(-0.351 / 2)
+
+
+@pytest.mark.parametrize("key", ["name", "surrogate"])
+def test_a_path_that_leads_nowhere_is_named_by_its_key(key):
+    with pytest.raises(ConfigError, match=rf"model\.loss\.{key} 'nowhere\.function'"):
+        LossConfig(**{key: "nowhere.function"})
