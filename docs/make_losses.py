@@ -94,9 +94,9 @@ SWITCH = """
   tokens makes a completion's weight e^10, so a mask per completion would drop every long completion.
 - The entropy bonus is a mean over the step's tokens for every recipe. High-entropy tokens are selected once per step
   from the old policy, not per micro-batch.
-- Log-ratios are clamped to +-20; smaller values are unchanged. `dual_clip` below `1 + clip_high` is refused, because it
+- Log-ratios are clamped to +-20; smaller values are unchanged. `dual_clip` of at most `1 + clip_high` is refused, because it
   would also cut positive advantages.
-- A group whose rewards are all equal has advantages of exactly 0. In TRL, a mean rounded in float32 can leave 2e-3.
+- A group whose rewards are all equal has advantages of exactly 0. In TRL, a mean rounded in float32 can leave 5e-3.
 - Means over completions leave out those without trainable tokens. Where the engine reported no log-probability, the
   off-policy mask uses the old policy's.
 - `docs/conformance.md` has the numbers: our losses and gradients compared with TRL's and Liger's, cell by cell

@@ -8,9 +8,11 @@ from models import tiny_llama
 from peft import LoraConfig, get_peft_model
 from tiny import tiny_tokenizer
 
-from grpo_lightning.callbacks.rollout_state import batch_state, restore_batch
+from grpo_lightning.callbacks.rollout_state import batch_state, restore, restore_batch
 from grpo_lightning.engines.base import Request
+from grpo_lightning.engines.process_guard import random_state
 from grpo_lightning.engines.replay import ReplayEngine, record
+from grpo_lightning.errors import ConfigError
 from grpo_lightning.kernels.config import KernelConfig
 from grpo_lightning.losses import LossConfig, policy_loss
 from grpo_lightning.packing.batch import RolloutBatch
@@ -109,6 +111,13 @@ def test_micro_batches_and_checkpoints_keep_the_mask():
     again = restore_batch(batch_state(b))
     assert again.sequence_layout == b.sequence_layout
     assert again.take([0]).target_rows.tolist() == b.take([0]).target_rows.tolist() == [2, 3, 7, 8]
+
+
+def test_the_rest_of_a_rollout_that_was_packed_otherwise_is_refused():
+    """Weights and optimizer of such a checkpoint are as good as any; its half-used rollout is not read."""
+    old = {k: v for k, v in batch_state(pack([TURNS, PLAIN])).items() if k != "sequence_layout"}
+    with pytest.raises(ConfigError, match=r"middle of a rollout by an older .* of the end of a rollout"):
+        restore({"random": [random_state()], "parts": [[old]]}, rank=0, world_size=1)
 
 
 def test_a_recording_keeps_the_mask(tmp_path):
