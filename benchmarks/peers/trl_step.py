@@ -27,7 +27,7 @@ def trl_inputs(batch: RolloutBatch, device: torch.device) -> dict[str, Tensor]:
     for g, n in zip(batch.host_groups, batch.lengths, strict=True):
         prompts.append(flat[starts.prompts[g] : starts.prompts[g] + batch.prompt_lengths[g]])
         completions.append(targets[at : at + n])
-        advantages.append(float(batch.advantages[at]))
+        advantages.append(float(batch.advantages[at]) if n else 0.0)
         at += n
     prompt_ids, prompt_mask = _padded(prompts, max(map(len, prompts)), True, device)
     completion_ids, completion_mask = _padded(completions, max(batch.lengths), False, device)

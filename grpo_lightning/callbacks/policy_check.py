@@ -98,7 +98,7 @@ class PolicyCheck:
             EngineError: the engine is apart from the trainer and from the model as it was loaded.
             GRPOError: the trainer is, so that its kernels are to blame.
         """
-        stat = getattr(module, "window_stats", {}).get("sampling/kl_engine_trainer")
+        stat = module.window_stats.get("sampling/kl_engine_trainer")
         engine, policy = settings.engine, module.policy
         if stat is None or not getattr(engine, "exact", True) or policy.drops_out:
             return
@@ -175,8 +175,9 @@ def _examined(
 ) -> list[tuple[RolloutBatch, Tensor]]:
     """Returns completions of the micro-batches, evenly spaced, and their part of the gaps; on the device."""
     known = [i for i, gap in enumerate(gaps) if gap is not None]
-    found = [(i, s) for i in known for s, n in enumerate(parts[i].lengths) if n]
-    mean = sum(parts[i].lengths[s] for i, s in found) / max(len(found), 1)
+    lengths = {i: parts[i].lengths for i in known}
+    found = [(i, s) for i in known for s, n in enumerate(lengths[i]) if n]
+    mean = sum(lengths[i][s] for i, s in found) / max(len(found), 1)
     count = min(len(found), EXAMINED, max(ENOUGH, int(EXAMINED_TOKENS / max(mean, 1))))
     chosen = [found[k * len(found) // count] for k in range(count)]
     out: list[tuple[RolloutBatch, Tensor]] = []

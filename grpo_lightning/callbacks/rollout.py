@@ -49,7 +49,7 @@ class RolloutCallback(Callback):
     """Samples, scores and packs completions, and deals them to the module as micro-batches.
 
     One rollout feeds `accumulate_grad_batches * updates_per_rollout * num_iterations` micro-batches. Works
-    with any LightningModule that has `policy`, `loss`, `score` and `coefficients` as GRPOModule does.
+    with any LightningModule that has the names of `rollout.trained_module.TrainsOnRollouts`.
 
     Args:
         reward_funcs: reward functions, by import path, as `file.py:func`, or as {class_path, init_args}.

@@ -110,7 +110,7 @@ def find_surrogate(name: str, key: str = "model.loss.name") -> Surrogate | None:
     Raises:
         ConfigError: nothing can be imported by that path, or it asks for something that is not available.
     """
-    if "." in name and name not in _OWN:
+    if "." in name and name not in SURROGATES and name not in _OWN:
         function: Callable[..., Tensor] = import_object(name, key)
         _OWN[name] = Surrogate(function, _parameters(name, function), ALL_LEVELS, "", "")
     return SURROGATES.get(name) or _OWN.get(name)

@@ -291,9 +291,10 @@ class RolloutBatch:
     def shortest_pair(self) -> "RolloutBatch":
         """Returns the two completions of one group that make the fewest rows; one where no group has two."""
         best: tuple[int, list[int]] = (0, [])
+        lengths, heights = self.lengths, self.sequence_layout.rows
         for g, own in enumerate(members_of(self.host_groups, len(self.prompt_lengths))):
-            pair = sorted((s for s in own if self.lengths[s]), key=lambda s: self.lengths[s])[:2]
-            rows = self.prompt_lengths[g] + sum(self.sequence_layout.rows[s] for s in pair)
+            pair = sorted((s for s in own if lengths[s]), key=lambda s: heights[s])[:2]
+            rows = self.prompt_lengths[g] + sum(heights[s] for s in pair)
             if (-len(pair), rows) < (-len(best[1]), best[0]):
                 best = rows, pair
         return self.take(sorted(best[1]))

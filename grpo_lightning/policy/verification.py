@@ -256,10 +256,10 @@ def _pieces(batch: RolloutBatch, gap: Tensor | None) -> Iterator[tuple[RolloutBa
     runs: list[list[int]] = [[]]
     widest = 0
     for s, (g, n) in enumerate(zip(batch.host_groups, batch.sequence_layout.rows, strict=True)):
-        widest = max(widest, batch.prompt_lengths[g] + n)
+        widest = max(widest, batch.prompt_lengths[g] + n + 1)
         if runs[-1] and widest * (len(runs[-1]) + 1) > AT_ONCE:
             runs.append([])
-            widest = batch.prompt_lengths[g] + n
+            widest = batch.prompt_lengths[g] + n + 1
         runs[-1].append(s)
     for run in runs:
         mine = torch.isin(batch.sequence_ids, torch.tensor(run, device=batch.sequence_ids.device))

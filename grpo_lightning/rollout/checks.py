@@ -9,6 +9,7 @@ from torch import Tensor
 from grpo_lightning.advantages import RewardTable
 from grpo_lightning.engines.base import Request, RolloutEngine, describe
 from grpo_lightning.errors import EngineError, GRPOError, RewardError
+from grpo_lightning.packing.loss_tokens import loss_positions
 from grpo_lightning.rewards.validation import clipped
 from grpo_lightning.types import Completion
 
@@ -16,16 +17,23 @@ from grpo_lightning.types import Completion
 def bad_logprobs(
     engine: RolloutEngine, requests: Sequence[Request], completions: Sequence[Sequence[Completion]]
 ) -> EngineError | None:
-    """Names the first token that the engine drew from logits that are not finite."""
+    """Names the first token that the engine drew from logits that are not finite, or a list too short."""
     for request, group in zip(requests, completions, strict=True):
         for i, c in enumerate(group):
-            if c.logprobs is not None and not math.isfinite(sum(c.logprobs)):
-                at = next(t for t, x in enumerate(c.logprobs) if not math.isfinite(x))
+            if c.logprobs is None:
+                continue
+            whose = f"completion {i} of prompt {request.uid} (rollout {request.rollout_index})"
+            if len(c.logprobs) != len(c.token_ids):
+                return EngineError(
+                    f"{describe(engine)} reports {len(c.logprobs)} log-probabilities of the "
+                    f"{len(c.token_ids)} tokens of {whose}; report one for each, or None for all"
+                )
+            at = next((t for t in loss_positions(c) if not math.isfinite(c.logprobs[t])), None)
+            if at is not None:
                 return EngineError(
                     f"{describe(engine)} reports {c.logprobs[at]} as the log-probability of token {at} of "
-                    f"completion {i} of prompt {request.uid} (rollout {request.rollout_index}): its logits "
-                    "are not finite, so its tokens mean nothing; go on from an older checkpoint "
-                    "(--ckpt_path), or change trainer.precision"
+                    f"{whose}: its logits are not finite, so its tokens mean nothing; go on from an older "
+                    "checkpoint (--ckpt_path), or change trainer.precision"
                 )
     return None
 

@@ -1,6 +1,7 @@
 """Completions with tokens in the middle that were not sampled, as a tool's answer: context, no loss."""
 
 from dataclasses import replace
+from math import inf, nan
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from grpo_lightning.losses import LossConfig, policy_loss
 from grpo_lightning.packing.batch import RolloutBatch
 from grpo_lightning.policy.forward import padded_hidden
 from grpo_lightning.policy.policy import Policy
+from grpo_lightning.rollout.checks import bad_logprobs
 from grpo_lightning.types import Completion, SamplingParams
 
 PROMPT = [5, 6, 7]
@@ -131,6 +133,19 @@ def test_a_completion_of_context_alone_has_no_loss_token():
     b = pack([Completion(token_ids=[4, 5], loss_mask=[False, False]), PLAIN])
     assert b.lengths == (0, 3)
     assert b.input_ids.tolist() == [*PROMPT, 15, 16]
+
+
+def test_log_probabilities_of_context_tokens_are_not_looked_at():
+    """Those of loss tokens have to be finite, and there has to be one for each token."""
+    unknown = replace(TURNS, logprobs=[-1.0, -2.0, nan, nan, nan, -3.0, -4.0, -inf])
+    request = Request(prompt_ids=PROMPT, uid=4, rollout_index=0, seeds=[1])
+    assert bad_logprobs(ReplayEngine, [request], [[unknown]]) is None
+    assert pack([unknown]).sampler_logprobs.tolist() == [-1, -2, -3, -4]
+    ruined = replace(TURNS, logprobs=[nan, *TURNS.logprobs[1:]])
+    assert "nan as the log-probability of token 0" in str(bad_logprobs(ReplayEngine, [request], [[ruined]]))
+    short = replace(PLAIN, logprobs=[-1.0])
+    said = str(bad_logprobs(ReplayEngine, [request], [[short]]))
+    assert "reports 1 log-probabilities of the 3 tokens of completion 0 of prompt 4" in said
 
 
 @pytest.mark.parametrize(
