@@ -97,6 +97,7 @@ def parity(policy: Policy, requests: list[Request], out: list[list[Any]]) -> tup
         advantages=torch.zeros(len(flat)),
         max_tokens=4096,
     ).to(policy.causal.device)
+    assert batch.sampler_logprobs is not None  # vLLM returns them
     with torch.no_grad():
         gap = (policy.logprobs(batch).logprobs - batch.sampler_logprobs).abs()
     return float(gap.mean()), float(gap.max())

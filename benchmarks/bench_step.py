@@ -118,7 +118,7 @@ def measure(
         policy.padded_reason = "asked for" if piece.layout == "padded" else None
         if piece.layout == "padded":
             policy._set_attention("sdpa")
-        policy.prepare(KernelConfig(**chosen | (piece.self_attention or {})), device)
+        policy.prepare(KernelConfig(**chosen | (piece.alone or {})), device)
 
         with adapters_in(policy, piece.adapters):
             name, run, row = in_parts_that_fit(piece.name, piece.parts, policy, batch, device, repeats)

@@ -73,4 +73,5 @@ def main(model_name: str = EMBEDDED_MODEL, steps: int = 5) -> pl.Trainer:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:2], **{"steps": int(sys.argv[2])} if len(sys.argv) > 2 else {})
+    model_name = sys.argv[1] if len(sys.argv) > 1 else EMBEDDED_MODEL
+    main(model_name, steps=int(sys.argv[2]) if len(sys.argv) > 2 else 5)

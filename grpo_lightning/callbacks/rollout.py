@@ -1,5 +1,6 @@
 """`RolloutCallback`: before a micro-batch trains, it makes sure there is a rollout to train on."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from time import perf_counter
@@ -41,7 +42,7 @@ from grpo_lightning.rollout.phases import profiled
 from grpo_lightning.types import PromptBatch, SamplingParams
 from grpo_lightning.utils.signals import at_once
 
-RewardSpec = str | dict[str, Any]
+RewardSpec = str | dict[str, Any] | Callable[..., Any]
 
 
 @hinted

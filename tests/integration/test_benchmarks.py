@@ -18,11 +18,13 @@ ROOT = Path(__file__).parents[2]
         ("bench_head", "ours, Triton"),
         ("bench_loss_variants", "dapo"),
         ("bench_memory", "256 tokens, recomputed, inputs in host memory"),
+        ("bench_step --without compiled", "+ shared prompts"),
     ],
 )
 def test_small(script, row):
+    script, *flags = script.split()
     pytest.importorskip("bitsandbytes" if script == "bench_memory" else "triton")
-    command = [sys.executable, str(ROOT / "benchmarks" / f"{script}.py"), "--small"]
+    command = [sys.executable, str(ROOT / "benchmarks" / f"{script}.py"), "--small", *flags]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False, timeout=240)
     assert done.returncode == 0, done.stderr[-3000:]
     (found,) = [line for line in done.stdout.splitlines() if line.startswith(f"{row}  ")]
