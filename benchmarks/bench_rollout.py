@@ -28,9 +28,9 @@ from measure import parser, save, setting, table, used_gib
 from workloads import LINEAR, SHAPES
 
 from grpo_lightning.engines import EngineContext, Request, VLLMEngine
-from grpo_lightning.engines.base import sample_seeds
+from grpo_lightning.engines.base import WeightSource, sample_seeds
 from grpo_lightning.engines.vllm.compat import put_weights
-from grpo_lightning.engines.weight_sync import all_weights
+from grpo_lightning.engines.weight_sync import PolicyWeights, all_weights
 from grpo_lightning.packing.batch import RolloutBatch
 from grpo_lightning.policy.loading import load_policy
 from grpo_lightning.policy.lora import lora_config
@@ -52,7 +52,9 @@ ROWS: dict[str, dict[str, Any]] = {
 class Merging(VLLMEngine):
     """Merges into the trainer's own weights, sends all of them, and unmerges."""
 
-    def sync(self, policy: Policy, version: int) -> None:
+    def sync(self, source: WeightSource, version: int) -> None:
+        assert isinstance(source, PolicyWeights)
+        policy = source.policy
         policy.model.merge_adapter()  # pyright: ignore
         pairs = (
             (name.replace(".base_layer", ""), w)
@@ -137,7 +139,7 @@ def one(kind: str, folder: str, small: bool, repeats: int) -> dict[str, Any]:
         if cuda:
             torch.cuda.synchronize()
         began = time.perf_counter()
-        engine.sync(policy, version)
+        engine.sync(PolicyWeights(policy), version)
         if cuda:
             torch.cuda.synchronize()
         return 1e3 * (time.perf_counter() - began)
@@ -159,7 +161,7 @@ def one(kind: str, folder: str, small: bool, repeats: int) -> dict[str, Any]:
             with torch.no_grad():
                 for p, w in zip(policy.trainable().values(), trained, strict=True):
                     p.copy_(w if served == "merged" else torch.zeros_like(w))
-            engine.sync(policy, 51 + i)
+            engine.sync(PolicyWeights(policy), 51 + i)
             turns[served].append(generate(51 + i)[2])
         row["in_turns"] = turns
     row |= {
@@ -204,7 +206,7 @@ def in_turns(kinds: list[str], folder: str, small: bool, repeats: int) -> dict[s
         times = []
         for version in range(12):
             began = time.perf_counter()
-            engine.sync(policy, version)
+            engine.sync(PolicyWeights(policy), version)
             times.append(1e3 * (time.perf_counter() - began))
         found["sync_ms"][kind] = statistics.median(times)
         engines[kind] = engine

@@ -38,11 +38,10 @@ from torch.nn.functional import linear
 
 from grpo_lightning import GRPOModule, PromptDataModule, RolloutCallback
 from grpo_lightning.data.arithmetic import sums
-from grpo_lightning.engines import EngineContext, Request, VLLMEngine
+from grpo_lightning.engines import EngineContext, Request, VLLMEngine, weight_sync
 from grpo_lightning.engines.base import sample_seeds
 from grpo_lightning.engines.update_share import UpdateShare
-from grpo_lightning.engines.vllm import engine as vllm
-from grpo_lightning.engines.weight_sync import lora_layers, merged_weight
+from grpo_lightning.engines.weight_sync import PolicyWeights, lora_layers, merged_weight
 from grpo_lightning.kernels.config import KernelConfig
 from grpo_lightning.losses import LossConfig
 from grpo_lightning.ops.matmul import wide_product
@@ -128,7 +127,7 @@ class Served(pl.Callback):
             for name, layer in lora_layers(policy):
                 yield f"{name}.weight", self.weights.get(name, self.rounded(name, layer, dtype))
 
-        vllm.merged_weights = served
+        weight_sync.merged_weights = served
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         if "both" not in self.way:
@@ -346,7 +345,7 @@ def sample(engine: OneEngine, way: str, path: str, rows: list[Any], least: int) 
     ).to("cuda" if torch.cuda.is_available() else "cpu")
     sampling = SamplingParams(max_tokens=64)
     engine.start(EngineContext(policy=policy, model_path=path, max_model_len=320, sampling=sampling))
-    engine.sync(policy, 0)
+    engine.sync(PolicyWeights(policy), 0)
     requests: list[Request] = []
     groups: list[list[Completion]] = []
     for first in range(0, len(rows), 32):

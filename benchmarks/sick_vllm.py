@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 
 from grpo_lightning.engines import VLLMEngine
+from grpo_lightning.engines.base import WeightSource
+from grpo_lightning.engines.weight_sync import PolicyWeights
 from grpo_lightning.policy.policy import Policy
 
 Tensors = dict[str, Tensor]
@@ -144,16 +146,18 @@ class SickVLLM(VLLMEngine):
         self._known: dict[int, Tensors] = {}
         self._spoiled: Tensors = {}
 
-    def sync(self, policy: Policy, version: int) -> None:
+    def sync(self, source: WeightSource, version: int) -> None:
+        assert isinstance(source, PolicyWeights)
+        policy = source.policy
         if self.sickness == "20 versions old":
             self._known[version] = {n: p.detach().clone() for n, p in policy.trainable().items()}
             self._known.pop(version - 21, None)
         if version < self.since:
-            super().sync(policy, version)
+            super().sync(source, version)
             return
         sent = SENT.get(self.sickness)
         with nullcontext() if sent is None else sent(policy, self._known.get(version - 20)):
-            super().sync(policy, version)
+            super().sync(source, version)
         if sent is None:
             (count,) = self._awake().collective_rpc(spoil, args=(self.sickness, self._spoiled))
             if not self._spoiled:

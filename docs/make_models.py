@@ -15,8 +15,9 @@ from typing import Any, NamedTuple
 import torch
 from tiny_configs import VOCAB, WINDOW, tiny_config
 
-from grpo_lightning.engines.base import Request
+from grpo_lightning.engines.base import EngineContext, Request
 from grpo_lightning.engines.hf import MODES, HFEngine, working_mode
+from grpo_lightning.engines.weight_sync import PolicyWeights
 from grpo_lightning.errors import GRPOError
 from grpo_lightning.packing.batch import RolloutBatch
 from grpo_lightning.policy.dropout import disable_dropout
@@ -134,11 +135,12 @@ def differences(stock: Any, policy: Policy) -> dict[str, float]:
         gradient = _gradient(policy.causal, (logprobs * weights[where]).sum())
         found[f"log-probabilities, {parts} micro-batches"] = (logprobs - expected[where]).abs().max().item()
         found[f"gradient, {parts} micro-batches"] = ((gradient - wanted).norm() / wanted.norm()).item()
-    engine = HFEngine()
-    engine.sync(policy, 0)
+    engine, sampling = HFEngine(), SamplingParams(max_tokens=12)
+    engine.start(EngineContext(policy=policy, model_path="", max_model_len=None, sampling=sampling))
+    engine.sync(PolicyWeights(policy), 0)
     prompts = [[5, 6, 7], [20, 21, 22, 23, 24, 25, 26, 27, 28], [40, 41, 42, 43, 44]]
     requests = [Request(prompt_ids=p, seeds=[3 * i, 3 * i + 1, 3 * i + 2]) for i, p in enumerate(prompts)]
-    out = engine.generate(requests, SamplingParams(max_tokens=12))
+    out = engine.generate(requests, sampling)
     sampled = RolloutBatch.pack(
         prompt_ids=prompts,
         completions=[c for group in out for c in group],

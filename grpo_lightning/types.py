@@ -109,6 +109,10 @@ class PromptBatch:
     columns: dict[str, list[Any]]
     uids: list[int]
     """a number per prompt that is stable over runs and ranks; keys its sampling seeds"""
+    model_inputs: list[dict[str, Any]] = field(default_factory=list[dict[str, Any]])
+    """what a model reads of each prompt beside its tokens, by the engine's names, e.g.
+    {multi_modal_data: ...}; empty for prompts of text. A module that can train on such prompts says so by
+    `reads_model_inputs = True`"""
     rollout_index: int = 0
     """how many rollouts came before this one, since the beginning of training"""
     part: int = 0
@@ -129,6 +133,7 @@ class PromptBatch:
             prompt_ids=[self.prompt_ids[i]],
             columns={name: [values[i]] for name, values in self.columns.items()},
             uids=[self.uids[i]],
+            model_inputs=self.model_inputs[i : i + 1],
             rollout_index=self.rollout_index,
         )
 
@@ -141,6 +146,7 @@ class PromptBatch:
             prompt_ids=[ids for b in batches for ids in b.prompt_ids],
             columns={n: [v for b in batches for v in b.columns.get(n, [None] * len(b))] for n in names},
             uids=[uid for b in batches for uid in b.uids],
+            model_inputs=[x for b in batches for x in b.model_inputs],
             rollout_index=batches[0].rollout_index if batches else 0,
         )
 

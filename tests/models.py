@@ -65,3 +65,15 @@ def random_rollout(
         "max_tokens": longest,
     }
     return RolloutBatch.pack(**{**settings, **changes})
+
+
+def hf_engine(policy: Any, version: int = 0, **options: Any) -> Any:
+    """Returns an `HFEngine` that serves `policy` as `version`."""
+    from grpo_lightning.engines import EngineContext, HFEngine
+    from grpo_lightning.engines.weight_sync import PolicyWeights
+    from grpo_lightning.types import SamplingParams
+
+    engine = HFEngine(**options)
+    engine.start(EngineContext(policy=policy, model_path="", max_model_len=None, sampling=SamplingParams()))
+    engine.sync(PolicyWeights(policy), version)
+    return engine

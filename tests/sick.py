@@ -51,9 +51,9 @@ class Stale(HFEngine):
         super().__init__()
         self.behind, self.known = behind, {}
 
-    def sync(self, policy, version):
-        super().sync(policy, version)
-        self.known[version] = {n: p.detach().clone() for n, p in policy.trainable().items()}
+    def sync(self, source, version):
+        super().sync(source, version)
+        self.known[version] = {n: p.detach().clone() for n, p in self._policy.trainable().items()}
 
     def generate(self, requests, sampling):
         old = self.known.get(self.policy_version - self.behind)

@@ -15,6 +15,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from grpo_lightning.advantages import ADVANTAGES
 from grpo_lightning.checkpoints.adapter_io import guard_folders
 from grpo_lightning.engines.base import EngineContext, RolloutEngine
+from grpo_lightning.engines.weight_sync import PolicyWeights
 from grpo_lightning.errors import ConfigError, choices
 from grpo_lightning.losses import LossConfig
 from grpo_lightning.metrics.reduce import mean_of
@@ -169,12 +170,18 @@ def check_columns(trainer: pl.Trainer, rewards: Rewards) -> None:
         rewards.check_columns(columns)
 
 
-def check_batch(batch: Any) -> None:
-    """Raises ConfigError unless the train loader yields prompts."""
+def check_batch(batch: Any, module: Any) -> None:
+    """Raises ConfigError unless the train loader yields prompts that the module can train on."""
     if not isinstance(batch, PromptBatch):
         raise ConfigError(
             f"RolloutCallback got a {type(batch).__name__} from the train loader; use PromptDataModule, "
             "or a loader that yields PromptBatch"
+        )
+    if batch.model_inputs and not getattr(module, "reads_model_inputs", False):
+        raise ConfigError(
+            f"the prompts have model_inputs ({', '.join(batch.model_inputs[0])}), but "
+            f"{type(module).__name__} trains on tokens alone; a module that reads them sets "
+            "reads_model_inputs = True"
         )
 
 
@@ -206,7 +213,7 @@ def synchronised(trainer: pl.Trainer, engine: RolloutEngine, policy: Any, versio
     began = perf_counter()
     if engine.policy_version != version:
         with profiled(trainer, "sync"):
-            engine.sync(policy, version)
+            engine.sync(PolicyWeights(policy), version)
     return perf_counter() - began
 
 

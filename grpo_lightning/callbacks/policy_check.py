@@ -22,6 +22,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from grpo_lightning.engines.base import Request, describe, sample_seeds
+from grpo_lightning.engines.weight_sync import PolicyWeights
 from grpo_lightning.errors import ConfigError, EngineError, GRPOError, choices
 from grpo_lightning.metrics.logging import gather, log_numbers
 from grpo_lightning.packing.batch import RolloutBatch
@@ -202,7 +203,7 @@ def _again(
     ]
     failed, found = "", []
     try:
-        engine.sync(policy, version)
+        engine.sync(PolicyWeights(policy), version)
         groups = engine.generate(requests, settings.sampling) if requests else []
         engine.sleep()
         found = [_packed(requests, groups, settings)] if groups else []

@@ -179,7 +179,7 @@ class RolloutCallback(Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Puts this micro-batch's part of the rollout into `batch`; the first part makes the rollout."""
-        check_batch(batch)
+        check_batch(batch, pl_module)
         if batch.part % trainer.accumulate_grad_batches == 0:
             with self._stopping.saving(trainer, self):
                 self._stopping.agree(trainer)

@@ -10,7 +10,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from grpo_lightning.engines.base import EngineContext, Request
+from grpo_lightning.engines.base import EngineContext, Request, WeightSource
 from grpo_lightning.engines.hf_sampling import choose, uniforms
 from grpo_lightning.errors import ConfigError, EngineError, hinted
 from grpo_lightning.policy.policy import Policy
@@ -57,8 +57,9 @@ class HFEngine:
         self._mode: DecodeMode | None = None
 
     def start(self, context: EngineContext) -> None:
-        """Refuses what this engine cannot do."""
+        """Takes the live policy; raises ConfigError for sampling that this engine does not have."""
         self.check(context.sampling)
+        self._policy, self._mode = context.policy, None
 
     @staticmethod
     def check(sampling: SamplingParams) -> None:
@@ -69,11 +70,9 @@ class HFEngine:
                 "HFEngine has none: remove them or use VLLMEngine"
             )
 
-    def sync(self, policy: Policy, version: int) -> None:
-        """Remembers the policy; there is no copy of the weights."""
-        if policy is not self._policy:
-            self._mode = None
-        self._policy, self.policy_version = policy, version
+    def sync(self, source: WeightSource, version: int) -> None:
+        """Takes note of the version; there is no copy of the weights."""
+        self.policy_version = version
 
     def sleep(self) -> None:
         """Holds no memory between calls."""
@@ -86,10 +85,17 @@ class HFEngine:
         """Returns for each request one completion per seed, in order.
 
         Raises:
-            EngineError: called before `sync`, or the model cannot be decoded.
+            EngineError: called before `start` and `sync`, or the model cannot be decoded.
         """
-        if self._policy is None:
-            raise EngineError("HFEngine has no policy yet: call sync(policy, version) before generate")
+        if self._policy is None or self.policy_version < 0:
+            raise EngineError(
+                "HFEngine has no policy yet: call start(context) and sync(source, version) before generate"
+            )
+        if other := next((r for r in requests if r.model_inputs), None):
+            raise EngineError(
+                f"prompt {other.uid} of rollout {other.rollout_index} has model inputs "
+                f"({', '.join(other.model_inputs)}); HFEngine reads tokens alone: use VLLMEngine"
+            )
         with deferred():  # left between two tokens, so that the policy is as it was
             self._mode = self._mode or working_mode(self._policy)
             return _decoded(self._policy, requests, sampling, self._mode, self.batch_size)

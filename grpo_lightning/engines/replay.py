@@ -4,9 +4,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from grpo_lightning.engines.base import EngineContext, Request
+from grpo_lightning.engines.base import EngineContext, Request, WeightSource
 from grpo_lightning.errors import ConfigError, EngineError, hinted
-from grpo_lightning.policy.policy import Policy
 from grpo_lightning.types import Completion, SamplingParams
 from grpo_lightning.utils.atomic_files import removed_after, temporary
 
@@ -84,7 +83,7 @@ class ReplayEngine:
     def start(self, context: EngineContext) -> None:
         """Needs nothing."""
 
-    def sync(self, policy: Policy, version: int) -> None:
+    def sync(self, source: WeightSource, version: int) -> None:
         """Takes note of the version; what was recorded does not change."""
         self.policy_version = version
 

@@ -4,105 +4,46 @@ Nothing here changes the policy: a merge is computed beside the frozen base, and
 it.
 """
 
-import re
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from grpo_lightning.errors import ConfigError, choices
+from grpo_lightning.engines.base import AdaptedModule, NamedWeight, SyncKind
 from grpo_lightning.policy.policy import Policy
 
-Named = tuple[str, Tensor]
-"""a weight and its name in the checkpoint"""
-
-KINDS = ("auto", "adapter", "merge", "full")
 PLAIN_INITS = (True, False, "gaussian", "orthogonal", "eva")
 """values of `init_lora_weights` that leave the base as it was loaded"""
 MERGED_AT_ONCE = 256 << 20
 """bytes of fp32 weights that are merged in one product"""
-SENT = re.compile(r"\.(lora_[AB]|lora_magnitude_vector)\.default\.weight$|\.modules_to_save\.default\.")
-"""names of what trains beside a frozen base and reaches an engine"""
 
 
-class AdaptedModule(NamedTuple):
-    """What trains of one adapted linear layer."""
+@dataclass(frozen=True, slots=True)
+class PolicyWeights:
+    """The `WeightSource` of a policy whose weights are whole on this rank."""
 
-    a: Tensor  # [r, K]
-    b: Tensor  # [O, r]
-    rows: Tensor | None = None  # [O] fp32; DoRA scales each output by its magnitude over its norm
+    policy: Policy
 
+    def adapter(self) -> dict[str, AdaptedModule]:
+        """Returns what trains of each adapted linear layer; A and B are the policy's own tensors."""
+        return adapter_of(self.policy)
 
-def choose_kind(policy: Policy, asked: str) -> str:
-    """Returns how weights reach the engine: `adapter`, `merge` or `full`.
-
-    `auto` sends the adapter of a policy that has one: a merge rounds small updates away.
-
-    Raises:
-        ConfigError: the policy cannot be sent that way; names why, and the way that works.
-    """
-    if asked not in KINDS:
-        raise ConfigError(f"rollout.engine.sync is {choices(asked, KINDS)}")
-    kind = ("adapter" if policy.is_lora else "full") if asked == "auto" else asked
-    all_train = None if policy.is_lora else "model.lora is null: all weights train"
-    reasons: Mapping[str, str | None] = {
-        "adapter": all_train or why_not_sent(policy),
-        "merge": all_train
-        or ("the base is in 4 bit, and a merge would round it again" if is_quantized(policy) else None)
-        or why_not_sent(policy),
-        "full": "only an adapter trains, the base never changes" if policy.is_lora else None,
-    }
-    if reasons[kind] is None:
-        return kind
-    way_out = [k for k, reason in reasons.items() if reason is None]
-    remedy = f"take {way_out[0]}" if way_out else "change model.lora, or use grpo_lightning.engines.HFEngine"
-    raise ConfigError(f"rollout.engine.sync {kind!r} does not work here: {reasons[kind]}; {remedy}")
-
-
-def is_quantized(policy: Policy) -> bool:
-    """Returns whether the base is kept in fewer bits than it computes in."""
-    return getattr(policy.causal.config, "quantization_config", None) is not None
-
-
-def why_not_sent(policy: Policy) -> str | None:
-    """Returns what of this adapter no engine is sent, or None."""
-    from peft.tuners.lora import LoraLayer
-
-    config: Any = policy.model.peft_config["default"]  # pyright: ignore
-    for name in ("target_parameters", "layer_replication"):
-        if getattr(config, name, None):
-            return f"no engine is sent model.lora.{name} ({getattr(config, name)!r})"
-    if is_quantized(policy) and (config.use_dora or config.init_lora_weights not in PLAIN_INITS):
-        key = "use_dora" if config.use_dora else "init_lora_weights"
-        return f"model.lora.{key} ({getattr(config, key)!r}) needs an unquantised base"
-    if _unties(policy):
-        return (
-            "embedding and head are one tensor in the checkpoint and in the engine, and one of them trains: "
-            f"model.lora.modules_to_save is {config.modules_to_save!r}"
-        )
-    for name, layer in lora_layers(policy):
-        variant = layer.lora_variant.get("default")
-        if variant is not None and not layer.use_dora["default"]:
-            return f"{name} computes {type(variant).__name__}"
-    for name, module in policy.causal.named_modules():
-        if isinstance(module, LoraLayer) and not module.lora_A:
-            return f"{name} is a {type(module).__name__}; only linear layers are sent"
-    return next(
-        (
-            f"{n} trains, which is not sent"
-            for n, p in policy.causal.named_parameters()
-            if p.requires_grad and not SENT.search(n)
-        ),
-        None,
-    )
-
-
-def _unties(policy: Policy) -> bool:
-    """Returns whether a head that is its model's embedding has got weights of its own."""
-    ends = policy.causal.get_input_embeddings(), policy.causal.get_output_embeddings()
-    tied = getattr(policy.causal.config.get_text_config(), "tie_word_embeddings", False)
-    return tied and len({m.weight.data_ptr() for m in ends}) > 1
+    def tensors(
+        self,
+        kind: SyncKind,
+        dtype: torch.dtype,
+        *,
+        stacked: Mapping[str, list[str]] | None = None,
+        first: bool = False,
+    ) -> Iterator[NamedWeight]:
+        """Yields (name, weight) of what a sync of this kind sends, as `WeightSource` says."""
+        if kind == "adapter":
+            return beside_adapter(self.policy, dtype, stacked, first)
+        if kind == "merge":
+            return merged_weights(self.policy, dtype, stacked)
+        return all_weights(self.policy, dtype)
 
 
 def lora_layers(policy: Policy) -> Iterator[tuple[str, Any]]:
@@ -152,8 +93,8 @@ def adapter_of(policy: Policy) -> dict[str, AdaptedModule]:
 
 
 def beside_adapter(
-    policy: Policy, dtype: torch.dtype, fused: Mapping[str, list[str]] | None, first: bool
-) -> Iterator[Named]:
+    policy: Policy, dtype: torch.dtype, stacked: Mapping[str, list[str]] | None, first: bool
+) -> Iterator[NamedWeight]:
     """Yields what an engine with the adapter holds otherwise than it loaded: (name, weight), often nothing.
 
     Modules that train as a whole (`modules_to_save`), and before the `first` rollout the base where making
@@ -165,31 +106,31 @@ def beside_adapter(
     config: Any = policy.model.peft_config["default"]  # pyright: ignore
     base_too = first and config.init_lora_weights not in PLAIN_INITS
     names = [name for name, module in touched.items() if base_too or not isinstance(module, LoraLayer)]
-    for name, module in _modules(policy, touched, names, fused):
+    for name, module in _modules(policy, touched, names, stacked):
         source = module.get_base_layer() if isinstance(module, LoraLayer) else module
         for leaf, value in _as_trained(source, whole=True):
             yield f"{name}.{leaf}", value.to(dtype)
 
 
 def merged_weights(
-    policy: Policy, dtype: torch.dtype, fused: Mapping[str, list[str]] | None
-) -> Iterator[Named]:
+    policy: Policy, dtype: torch.dtype, stacked: Mapping[str, list[str]] | None
+) -> Iterator[NamedWeight]:
     """Yields (name, weight) of every module that training changes: W + s B A in fp32, rounded once.
 
     Args:
         policy: an adapter on an unquantised base.
         dtype: the engine's.
-        fused: the engine's module -> its parts, e.g. {qkv_proj: [q_proj, k_proj, v_proj]}, where these have
+        stacked: the engine's module -> its parts, e.g. {qkv_proj: [q_proj, k_proj, v_proj]}, where these have
             to come together, biases included: left out, the others would stay as they happen to lie in memory
             (NaN without an error on some engines). None where each weight may come alone.
     """
     touched = dict(_adapted(policy))
-    if fused is None:
+    if stacked is None:
         plain = {name: module for name, module in touched.items() if _is_plain(module)}
         yield from _merged_together(plain, dtype)
         touched = {name: module for name, module in touched.items() if name not in plain}
-    for name, module in _modules(policy, touched, touched, fused):
-        for leaf, value in _as_trained(module, whole=fused is not None):
+    for name, module in _modules(policy, touched, touched, stacked):
+        for leaf, value in _as_trained(module, whole=stacked is not None):
             yield f"{name}.{leaf}", value.to(dtype)
 
 
@@ -197,10 +138,10 @@ def _modules(
     policy: Policy,
     touched: Mapping[str, nn.Module],
     names: Iterable[str],
-    fused: Mapping[str, list[str]] | None,
+    stacked: Mapping[str, list[str]] | None,
 ) -> Iterator[tuple[str, nn.Module]]:
-    """Yields the modules `names`, and with `fused` the other parts of their stacks."""
-    for name in names if fused is None else _with_siblings(names, fused):
+    """Yields the modules `names`, and with `stacked` the other parts of their stacks."""
+    for name in names if stacked is None else _with_siblings(names, stacked):
         try:
             yield name, touched[name] if name in touched else policy.causal.get_submodule(name)
         except AttributeError:  # an architecture without this part
@@ -215,7 +156,7 @@ def _is_plain(module: Any) -> bool:
     return isinstance(module, LoraLayer) and not turned and not module.use_dora.get("default")
 
 
-def _merged_together(layers: Mapping[str, Any], dtype: torch.dtype) -> Iterator[Named]:
+def _merged_together(layers: Mapping[str, Any], dtype: torch.dtype) -> Iterator[NamedWeight]:
     """Yields the weights of plain layers, those of one shape as one product: launches cost more than FLOP."""
     alike: dict[tuple[Any, ...], list[str]] = {}
     for name, layer in layers.items():
@@ -236,17 +177,17 @@ def _merged_together(layers: Mapping[str, Any], dtype: torch.dtype) -> Iterator[
             yield from zip((f"{name}.weight" for name in own), weights.unbind(), strict=True)
 
 
-def _with_siblings(names: Iterable[str], fused: Mapping[str, list[str]]) -> list[str]:
+def _with_siblings(names: Iterable[str], stacked: Mapping[str, list[str]]) -> list[str]:
     """Returns `names` and the other parts of the stacks they belong to, each once, stacks together."""
     found: dict[str, None] = {}
     for name in names:
         parent, _, leaf = name.rpartition(".")
-        parts = next((parts for parts in fused.values() if leaf in parts), [leaf])
+        parts = next((parts for parts in stacked.values() if leaf in parts), [leaf])
         found.update(dict.fromkeys(f"{parent}.{part}" if parent else part for part in parts))
     return list(found)
 
 
-def _as_trained(module: nn.Module, whole: bool) -> Iterator[Named]:
+def _as_trained(module: nn.Module, whole: bool) -> Iterator[NamedWeight]:
     """Yields the module's parameters by name as the policy computes with them; fp32 where merged."""
     from peft.tuners.lora import LoraLayer
     from peft.utils import ModulesToSaveWrapper
@@ -289,7 +230,7 @@ def _row_scales(layer: Any, outputs: Tensor | None = None) -> Tensor:
     return layer.lora_magnitude_vector["default"].weight.float() / outputs.norm(dim=1)
 
 
-def all_weights(policy: Policy, dtype: torch.dtype) -> Iterator[Named]:
+def all_weights(policy: Policy, dtype: torch.dtype) -> Iterator[NamedWeight]:
     """Yields every weight once, in the engine's type, without a second copy of the model."""
     for name, p in policy.causal.named_parameters():  # a tied head comes as its embedding
         yield name, p.detach().to(dtype)

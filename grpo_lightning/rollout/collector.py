@@ -201,6 +201,7 @@ class Collector:
             prompt_ids=prompts.prompt_ids[i],
             uid=uid,
             rollout_index=rollout_index,
+            model_inputs=prompts.model_inputs[i] if prompts.model_inputs else {},
             seeds=sample_seeds(self.seed, rollout_index, uid, self.num_generations),
         )
 

@@ -11,6 +11,7 @@ from serving import SHAPE, ask, distance, make_policy, move, start
 from tiny import tiny_tokenizer
 
 from grpo_lightning.engines import EngineContext, VLLMEngine
+from grpo_lightning.engines.weight_sync import PolicyWeights
 from grpo_lightning.errors import ConfigError, EngineError
 from grpo_lightning.rollout.checks import bad_logprobs
 from grpo_lightning.types import SamplingParams
@@ -44,7 +45,7 @@ def test_the_engine_serves_the_policy_after_every_push(folder, name):
             if version:
                 move(policy, 10 + version)
                 frozen = {n: p.clone() for n, p in policy.named_parameters()}
-            engine.sync(policy, version)
+            engine.sync(PolicyWeights(policy), version)
             out = engine.generate(ask(rollout=version), sampling)
             gap, off = distance(policy, ask(), out, sampling)
             assert gap.mean() < 2e-5
@@ -77,7 +78,7 @@ def test_architectures(tmp_path, architecture, kind):
     policy = make_policy(str(tmp_path), **lora)
     engine = start(policy, str(tmp_path), sync=kind)
     try:
-        engine.sync(policy, 0)
+        engine.sync(PolicyWeights(policy), 0)
         sampling = SamplingParams(max_tokens=10)
         gap, _ = distance(policy, ask(), engine.generate(ask(), sampling), sampling)
         assert gap.mean() < 2e-5
@@ -91,7 +92,7 @@ def test_half_precision_is_close(folder):
     for kind in ("adapter", "merge"):
         engine = start(policy, folder, sync=kind)
         try:
-            engine.sync(policy, 0)
+            engine.sync(PolicyWeights(policy), 0)
             gap, off = distance(policy, ask(), engine.generate(ask(), sampling), sampling)
             assert gap.mean() < 0.08
             assert off.mean() > 5 * gap.mean()
@@ -123,7 +124,7 @@ def test_the_process_stays_as_it_was(folder, monkeypatch):
         engine = start(policy, folder, sync="merge")
         assert process() == before
         for version in range(20):
-            engine.sync(policy, version)
+            engine.sync(PolicyWeights(policy), version)
             engine.generate(ask(2), SamplingParams(max_tokens=4))
             engine.sleep()
         assert process() == before
@@ -143,7 +144,7 @@ def test_a_regex_holds(folder):
     engine = VLLMEngine(sync="merge", max_num_seqs=8)
     engine.start(EngineContext(policy=policy, model_path=folder, max_model_len=64, sampling=sampling))
     try:
-        engine.sync(policy, 0)
+        engine.sync(PolicyWeights(policy), 0)
         tokenizer = tiny_tokenizer()
         out = engine.generate(ask(2), sampling)
         assert all(c.finish_reason == "stop" for group in out for c in group)
@@ -199,7 +200,7 @@ def test_logits_that_are_not_finite_do_not_pass_for_tokens(folder):
             with torch.no_grad():
                 for p in policy.trainable().values():
                     p.fill_(size)  # finite, and in the forward it overflows
-            engine.sync(policy, version)
+            engine.sync(PolicyWeights(policy), version)
             for options in ({}, {"temperature": 0.0}, {"top_k": 3}, {"top_p": 0.5}, {"min_p": 0.5}):
                 out = engine.generate(ask(), SamplingParams(max_tokens=4, **options))
                 error = bad_logprobs(engine, ask(), out)

@@ -111,10 +111,10 @@ STALE = {"adapter": "adapter_of", "merge": "merged_weights"}
 
 @pytest.mark.parametrize("sync", STALE)
 def test_a_sync_that_sends_old_weights_stops_the_run(folder, tmp_path, monkeypatch, sync):
-    from grpo_lightning.engines.vllm import engine as vllm
+    from grpo_lightning.engines import weight_sync
 
     name, first = STALE[sync], {}
-    stock = getattr(vllm, name)
+    stock = getattr(weight_sync, name)
 
     def stale(*args):
         if not first:
@@ -125,7 +125,7 @@ def test_a_sync_that_sends_old_weights_stops_the_run(folder, tmp_path, monkeypat
                 first["sent"] = [(k, t.clone()) for k, t in sent]
         return first["sent"] if name == "adapter_of" else iter(first["sent"])
 
-    monkeypatch.setattr(vllm, name, stale)
+    monkeypatch.setattr(weight_sync, name, stale)
     m = module(folder, optimizer=lambda params: torch.optim.SGD(params, lr=300.0))
     saver = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=1, save_top_k=-1)
     t = trainer(tmp_path, rollout(engine=engine(sync=sync)), saver, max_steps=6)

@@ -1,9 +1,11 @@
 """One engine of the real vLLM on a CPU: what it says of prompts, how groups end, and pushes gone wrong."""
 
 import pytest
+from models import hf_engine
 from serving import ask, distance, make_policy, start
 
-from grpo_lightning.engines import HFEngine, Request
+from grpo_lightning.engines import Request
+from grpo_lightning.engines.weight_sync import PolicyWeights
 from grpo_lightning.errors import EngineError
 from grpo_lightning.types import SamplingParams
 
@@ -18,15 +20,14 @@ def served(folder):
     """
     policy = make_policy(folder)
     engine = start(policy, folder, sync="adapter")
-    engine.sync(policy, 0)
+    engine.sync(PolicyWeights(policy), 0)
     yield policy, engine
     engine.close()
 
 
 def test_hf_and_vllm_agree(served):
     policy, engine = served
-    hf = HFEngine()
-    hf.sync(policy, 0)
+    hf = hf_engine(policy)
     sampling = SamplingParams(max_tokens=10, temperature=0.0)
     theirs, ours = engine.generate(ask(1), sampling), hf.generate(ask(1), sampling)
     for a, b in zip(theirs, ours, strict=True):
@@ -122,4 +123,4 @@ def test_groups_come_as_they_end_and_others_may_join(served):
     session.add(first)
     session.abort()
     assert not session.busy
-    engine.sync(policy, 0)  # needs an engine in which nothing runs
+    engine.sync(PolicyWeights(policy), 0)  # needs an engine in which nothing runs

@@ -8,6 +8,7 @@ from serving import ask, assert_served, distance, make_policy, start
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from grpo_lightning.engines import EngineContext, VLLMEngine
+from grpo_lightning.engines.weight_sync import PolicyWeights
 from grpo_lightning.errors import ConfigError, EngineError
 from grpo_lightning.types import SamplingParams
 
@@ -21,7 +22,7 @@ def test_nothing_drifts_over_100_merges(folder):
     sampling = SamplingParams(max_tokens=10)
     try:
         for version in range(100):
-            engine.sync(policy, version)
+            engine.sync(PolicyWeights(policy), version)
         assert all(torch.equal(p, base[n]) for n, p in policy.named_parameters() if n in base)
         gap, _ = distance(policy, ask(), engine.generate(ask(), sampling), sampling)
         assert gap.mean() < 2e-5
@@ -41,16 +42,16 @@ def test_layers_that_do_not_hold_what_was_sent_are_an_error(folder, monkeypatch)
         to[5][3] += 1e-3
 
     try:
-        engine.sync(policy, 0)
+        engine.sync(PolicyWeights(policy), 0)
         monkeypatch.setattr(vllm_adapter, "_foreach_copy_", lossy)
         with pytest.raises(EngineError, match="do not hold the adapter that was sent"):
-            engine.sync(policy, 1)
+            engine.sync(PolicyWeights(policy), 1)
         monkeypatch.undo()
         next(iter(policy.trainable().values())).data[0, 0] = float("nan")
         with pytest.raises(EngineError, match="do not hold the adapter that was sent"):
-            engine.sync(policy, 1)
+            engine.sync(PolicyWeights(policy), 1)
         next(iter(policy.trainable().values())).data[0, 0] = 0.5
-        engine.sync(policy, 1)
+        engine.sync(PolicyWeights(policy), 1)
         assert_served(policy, engine)
     finally:
         engine.close()
@@ -74,9 +75,9 @@ def test_a_push_is_a_handful_of_operations(folder):
     engine = start(policy, folder, sync="adapter")
     stacked = sum("lora_B" in n and "o_proj" not in n and "down" not in n for n in policy.trainable())
     try:
-        engine.sync(policy, 0)
+        engine.sync(PolicyWeights(policy), 0)
         with Counted() as ops:
-            engine.sync(policy, 1)
+            engine.sync(PolicyWeights(policy), 1)
         assert ops.count < 16 + stacked  # the B of a stack's parts lie apart, and are read one by one
     finally:
         engine.close()
@@ -134,11 +135,11 @@ def test_the_share_of_a_small_update_that_arrives(folder, kind, recwarn):
         if kind != "full":
             for name, p in policy.trainable().items():
                 p.data = torch.zeros_like(p) if "lora_B" in name else 0.05 * torch.randn_like(p)
-        engine.sync(policy, 0)
+        engine.sync(PolicyWeights(policy), 0)
         assert engine.sync_metrics == {}  # nothing has changed yet
         for p in policy.trainable().values():
             p.data += 5e-6 * torch.randn_like(p).sign()
-        engine.sync(policy, 1)
+        engine.sync(PolicyWeights(policy), 1)
         share = engine.sync_metrics["sync/update_arrived"]
         assert (share > 0.99) == (kind == "adapter")
         assert (share < 0.5) == (kind != "adapter")

@@ -13,6 +13,7 @@ from tiny import tiny_tokenizer
 
 from grpo_lightning.engines import EngineContext, Request, VLLMEngine
 from grpo_lightning.engines.base import sample_seeds
+from grpo_lightning.engines.weight_sync import PolicyWeights
 from grpo_lightning.errors import EngineError
 from grpo_lightning.packing.batch import RolloutBatch
 from grpo_lightning.policy.loading import load_policy
@@ -95,7 +96,7 @@ def test_the_engine_serves_the_policy(folder, kind, eager):
     try:
         for version in range(3):
             move(policy, 10 + version)
-            engine.sync(policy, version)
+            engine.sync(PolicyWeights(policy), version)
             gap, off = distance(policy, engine, version)
             assert gap < 0.08
             assert off > 5 * gap
@@ -108,7 +109,7 @@ def test_four_bits_on_both_sides_are_one_policy(folder):
     engine = start(policy, folder, enforce_eager=True)
     assert engine.sync_kind == "adapter"
     try:
-        engine.sync(policy, 0)
+        engine.sync(PolicyWeights(policy), 0)
         gap, off = distance(policy, engine)
         assert gap < 0.1
         assert off > 3 * gap
@@ -127,7 +128,7 @@ def test_sleeping_gives_memory_back_and_waking_changes_nothing(folder, kind):
     before = used()
     engine = start(policy, folder, sync=kind, kv_cache_memory_bytes=4 << 30, enforce_eager=True)
     try:
-        engine.sync(policy, 0)
+        engine.sync(PolicyWeights(policy), 0)
         first, _ = distance(policy, engine)
         held = []
         for _ in range(20):
@@ -146,7 +147,7 @@ def test_closing_a_sleeping_engine_frees_its_memory(folder, capfd):
     policy = make_policy(folder)
     before = used()
     engine = start(policy, folder, kv_cache_memory_bytes=4 << 30, enforce_eager=True)
-    engine.sync(policy, 0)
+    engine.sync(PolicyWeights(policy), 0)
     engine.sleep()
     engine.close()
     assert used() - before < 1
@@ -161,7 +162,7 @@ def test_the_process_stays_as_it_was(folder):
     engine = start(policy, folder)
     try:
         for version in range(20):
-            engine.sync(policy, version)
+            engine.sync(PolicyWeights(policy), version)
             engine.generate(ask(version), SamplingParams(max_tokens=4))
             engine.sleep()
         after = torch.cuda.get_rng_state().tolist(), torch.get_rng_state().tolist(), torch.get_num_threads()
@@ -179,7 +180,7 @@ def test_a_killed_run_leaves_no_memory_behind(folder):
         import test_cuda_vllm as t
         policy = t.make_policy({folder!r})
         engine = t.start(policy, {folder!r}, enforce_eager=True)
-        engine.sync(policy, 0)
+        engine.sync(PolicyWeights(policy), 0)
         print("ready", flush=True)
         while True:
             engine.generate(t.ask(), t.SamplingParams(max_tokens=20))
@@ -196,7 +197,7 @@ def test_a_killed_run_leaves_no_memory_behind(folder):
     assert used() < before + 0.5
     policy = make_policy(folder)
     engine = start(policy, folder, enforce_eager=True)
-    engine.sync(policy, 0)
+    engine.sync(PolicyWeights(policy), 0)
     engine.close()
 
 
@@ -215,7 +216,7 @@ def test_one_base_for_both_sides(folder, quantization):
         )
         for version in range(3):
             move(policy, 10 + version)
-            engine.sync(policy, version)
+            engine.sync(PolicyWeights(policy), version)
             gap, off = distance(policy, engine, version)
             assert gap < 0.1
             assert off > 3 * gap

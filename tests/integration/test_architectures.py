@@ -14,11 +14,11 @@ import pytest
 import torch
 import transformers
 from fits import data, module, rollout, trainer
-from models import TINY, random_rollout, tiny_llama
+from models import TINY, hf_engine, random_rollout, tiny_llama
 from tiny import tiny_tokenizer
 from torch import nn
 
-from grpo_lightning.engines import HFEngine, Request
+from grpo_lightning.engines import Request
 from grpo_lightning.errors import ConfigError, EngineError
 from grpo_lightning.policy.dropout import disable_dropout, dropout_rates
 from grpo_lightning.policy.dynamic_rope import rope_limit
@@ -151,8 +151,7 @@ def test_longrope_takes_the_factors_of_the_longest_sequence_for_all(padded):
 def test_longrope_in_the_engine_is_that_of_training():
     policy = Policy(phi3(eos_token_id=1), tiny_tokenizer())
     policy.fit_lengths(60)
-    engine = HFEngine()
-    engine.sync(policy, 0)
+    engine = hf_engine(policy)
     prompts = [[5, 6, 7], [9, 8, 7, 6, 5]]
     out = engine.generate(
         [Request(prompt_ids=p, seeds=[1, 2]) for p in prompts], SamplingParams(max_tokens=40)
@@ -337,8 +336,7 @@ def test_an_engine_that_cannot_decode_says_so():
         raise TypeError("no such argument; and so on")
 
     model.forward = fails
-    engine = HFEngine()
-    engine.sync(policy, 0)
+    engine = hf_engine(policy)
     with pytest.raises(
         EngineError, match=r"cannot decode LlamaForCausalLM: it fails \(TypeError: no such argument\);"
     ):

@@ -267,9 +267,9 @@ def test_a_save_while_the_engine_sleeps(model_folder, tmp_path, lora):
             self.awake = True
             return super().generate(requests, sampling)
 
-        def sync(self, policy, version):
+        def sync(self, source, version):
             self.awake = True
-            super().sync(policy, version)
+            super().sync(source, version)
 
         def sleep(self):
             self.awake = False

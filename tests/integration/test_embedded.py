@@ -2,8 +2,9 @@
 
 import pytest
 import torch
+from models import hf_engine
 
-from grpo_lightning.engines import HFEngine, Request
+from grpo_lightning.engines import Request
 from grpo_lightning.policy.loading import load_policy
 from grpo_lightning.policy.model_source import EMBEDDED_MODEL, resolve_model
 from grpo_lightning.policy.probe import check_head
@@ -31,8 +32,7 @@ def test_embedded_default_answers_and_ends():
         tokenize=True,
         return_dict=False,
     )
-    engine = HFEngine()
-    engine.sync(policy, 0)
+    engine = hf_engine(policy)
     ((completion,),) = engine.generate(
         [Request(prompt_ids=ids, seeds=[0])], SamplingParams(temperature=0.0, max_tokens=24)
     )

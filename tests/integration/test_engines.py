@@ -1,6 +1,6 @@
 import pytest
 import torch
-from models import tiny_llama
+from models import hf_engine, tiny_llama
 from tiny import tiny_tokenizer
 
 from grpo_lightning.engines import EngineContext, HFEngine, ReplayEngine, Request, RolloutEngine, VLLMEngine
@@ -22,9 +22,7 @@ def requests(group=4, rollout=0):
 
 
 def engine(policy=None, **options):
-    e = HFEngine(**options)
-    e.sync(policy or Policy(tiny_llama(), tiny_tokenizer()), 0)
-    return e
+    return hf_engine(policy or Policy(tiny_llama(), tiny_tokenizer()), **options)
 
 
 def ids(completions):
@@ -141,9 +139,14 @@ def test_generate_before_sync_and_after_close_raises():
     e = HFEngine()
     with pytest.raises(EngineError, match="sync"):
         e.generate(requests(), SamplingParams())
-    e.sync(Policy(tiny_llama(), tiny_tokenizer()), 3)
+    with pytest.raises(EngineError, match="sync"):
+        engine(version=-1).generate(requests(), SamplingParams())
+    e = engine(version=3)
+    assert e.policy_version == 3
     e.close()
     assert e.policy_version == -1
+    with pytest.raises(EngineError, match="sync"):
+        e.generate(requests(), SamplingParams())
 
 
 def test_what_hf_cannot_do_is_refused_at_start():

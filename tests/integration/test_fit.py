@@ -355,9 +355,9 @@ def test_a_sleeping_engine_is_woken_by_validation(model_folder, tmp_path):
     log = []
 
     class Sleeper(HFEngine):
-        def sync(self, policy, version):
+        def sync(self, source, version):
             log.append(f"sync {version}")
-            super().sync(policy, version)
+            super().sync(source, version)
 
         def generate(self, requests, sampling):
             log.append("generate")

@@ -131,9 +131,9 @@ class Liar(HFEngine):
 class Honest(Liar):
     """Tells the truth once it was synced a second time at one version."""
 
-    def sync(self, policy, version):
+    def sync(self, source, version):
         self.lying = version != self.policy_version
-        super().sync(policy, version)
+        super().sync(source, version)
 
 
 def test_the_run_stops_before_a_weight_changes_with_all_numbers(folders, tmp_path):

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from models import random_rollout, tiny_llama
+from models import hf_engine, random_rollout, tiny_llama
 from tiny import tiny_tokenizer
 
 from grpo_lightning.advantages import ADVANTAGES, RewardTable, compute_advantages
@@ -30,8 +30,7 @@ NAN, INF = math.nan, math.inf
 @pytest.fixture
 def engine():
     policy = Policy(tiny_llama(), tiny_tokenizer())
-    engine = HFEngine()
-    engine.sync(policy, 0)
+    engine = hf_engine(policy)
     engine.generate(REQUESTS, SamplingParams(max_tokens=2))
     return engine
 
@@ -63,8 +62,7 @@ def test_a_model_that_is_ruined_from_the_start_is_no_architecture_to_change():
     policy = Policy(tiny_llama(), tiny_tokenizer())
     with torch.no_grad():
         policy.causal.get_output_embeddings().weight[40] = NAN
-    engine = HFEngine()
-    engine.sync(policy, 0)
+    engine = hf_engine(policy)
     with pytest.raises(EngineError, match="logits of LlamaForCausalLM are not finite"):
         engine.generate(REQUESTS, SamplingParams(max_tokens=2))
 

@@ -6,7 +6,8 @@ from models import save_tiny
 from tiny import tiny_tokenizer
 
 from grpo_lightning.engines import weight_sync as weights
-from grpo_lightning.engines.weight_sync import adapter_of, choose_kind, merged_weights
+from grpo_lightning.engines.sync_kinds import choose_kind
+from grpo_lightning.engines.weight_sync import adapter_of, merged_weights
 from grpo_lightning.errors import ConfigError
 from grpo_lightning.policy.loading import load_policy
 from grpo_lightning.policy.lora import lora_config

@@ -23,9 +23,9 @@ from vllm.model_executor.layers.linear import (  # pyright: ignore[reportMissing
 )
 from vllm.platforms import current_platform  # pyright: ignore[reportMissingImports]
 
+from grpo_lightning.engines.base import AdaptedModule
 from grpo_lightning.engines.vllm.compat import packed_modules, renamed
 from grpo_lightning.engines.vllm.shared_base import take_offered
-from grpo_lightning.engines.weight_sync import AdaptedModule
 from grpo_lightning.errors import EngineError
 
 if current_platform.is_cpu():

@@ -4,8 +4,9 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from grpo_lightning.engines.base import EngineContext
+from grpo_lightning.engines.sync_kinds import is_quantized
 from grpo_lightning.engines.vllm.compat import import_vllm
-from grpo_lightning.engines.weight_sync import adapter_ranks, is_quantized
+from grpo_lightning.engines.weight_sync import adapter_ranks
 from grpo_lightning.errors import ConfigError
 from grpo_lightning.policy.policy import Policy
 from grpo_lightning.types import SamplingParams

@@ -10,9 +10,10 @@ from typing import Any, Literal
 import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
-from grpo_lightning.engines.base import EngineContext, Request
+from grpo_lightning.engines.base import EngineContext, Request, SyncKind, WeightSource
 from grpo_lightning.engines.process_guard import process_kept, random_kept
 from grpo_lightning.engines.session import Session
+from grpo_lightning.engines.sync_kinds import KINDS, choose_kind
 from grpo_lightning.engines.update_share import UpdateShare
 from grpo_lightning.engines.vllm.arguments import engine_arguments, request_parameters
 from grpo_lightning.engines.vllm.compat import (
@@ -25,14 +26,6 @@ from grpo_lightning.engines.vllm.compat import (
 )
 from grpo_lightning.engines.vllm.session import VLLMSession
 from grpo_lightning.engines.vllm.shared_base import SharedBase, offered
-from grpo_lightning.engines.weight_sync import (
-    KINDS,
-    adapter_of,
-    all_weights,
-    beside_adapter,
-    choose_kind,
-    merged_weights,
-)
 from grpo_lightning.errors import ConfigError, EngineError, choices, hinted
 from grpo_lightning.policy.policy import Policy
 from grpo_lightning.types import Completion, SamplingParams
@@ -127,6 +120,7 @@ class VLLMEngine:
         self._vocabulary = 0
         self._longest = 0
         self._dtype = torch.float32
+        self._kind: SyncKind = "full"
         self._base: SharedBase | None = None
         self._share: UpdateShare | None = None
         self.sync_metrics: dict[str, float] = {}
@@ -140,7 +134,7 @@ class VLLMEngine:
             EngineError: vLLM did not start.
         """
         policy = context.policy
-        self.sync_kind = choose_kind(policy, self.sync_kind)
+        self.sync_kind = self._kind = choose_kind(policy, self.sync_kind)
         self.sleep_mode = self._sleep_that_fits(policy)
         arguments = engine_arguments(self, context)
         self._dtype = getattr(torch, arguments["dtype"])
@@ -191,25 +185,21 @@ class VLLMEngine:
             raise ConfigError(f"rollout.engine.share_base is on, but {found}")
         return self.share_base != "off" and found is None
 
-    def sync(self, policy: Policy, version: int) -> None:
-        """Makes the engine serve the weights of `policy`, and forgets what it has cached of older ones.
+    def sync(self, source: WeightSource, version: int) -> None:
+        """Makes the engine serve the weights of `source`, and forgets what it has cached of older ones.
 
         Raises:
             EngineError: the engine does not hold what was sent.
         """
         llm = self._awake()
         with process_kept(), _named("take the weights"), torch.no_grad():
-            (fused,) = llm.collective_rpc(fused_modules)
-            if self.sync_kind == "adapter":
+            if self._kind == "adapter":
                 from grpo_lightning.engines.vllm.adapter import put_adapter
 
-                llm.collective_rpc(put_adapter, args=(adapter_of(policy),))
-                source = beside_adapter(policy, self._dtype, fused, first=self.policy_version < 0)
-            elif self.sync_kind == "merge":
-                source = merged_weights(policy, self._dtype, fused)
-            else:
-                source = all_weights(policy, self._dtype)
-            llm.collective_rpc(put_weights, args=(source,))
+                llm.collective_rpc(put_adapter, args=(source.adapter(),))
+            (stacked,) = llm.collective_rpc(fused_modules)
+            tensors = source.tensors(self._kind, self._dtype, stacked=stacked, first=self.policy_version < 0)
+            llm.collective_rpc(put_weights, args=(tensors,))
             if not llm.reset_prefix_cache():
                 raise EngineError("vLLM kept cached prefixes of the old policy: requests are still running")
             self.sync_metrics = self._share.metrics() if self._share is not None else {}
@@ -236,7 +226,7 @@ class VLLMEngine:
         """Returns the decoding of one rollout, group by group; raises as `generate` does."""
         llm = self._awake()
         if self.policy_version < 0:
-            raise EngineError("VLLMEngine has no policy yet: call sync(policy, version) before generate")
+            raise EngineError("VLLMEngine has no policy yet: call sync(source, version) before generate")
         parameters = partial(request_parameters, sampling, stop_ids=self._stop_ids)
         return VLLMSession(llm, parameters, partial(self._check, sampling=sampling), _decoding)
 

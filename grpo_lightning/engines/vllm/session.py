@@ -49,7 +49,7 @@ class VLLMSession:
                     # vLLM adds to the name what makes it unique, and gives the outputs the name alone.
                     name = f"{id(self)}-{group}-{i}"
                     self._places[name] = (group, i)
-                    prompt = {"prompt_token_ids": request.prompt_ids}
+                    prompt = {"prompt_token_ids": request.prompt_ids, **request.model_inputs}
                     self._engine.add_request(name, prompt, parameters)
 
     def step(self) -> list[Ended]:
