@@ -165,7 +165,7 @@ class Watch(pl.Callback):
     def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: Any, optimizer: Any) -> None:
         self._step = trainer.global_step
         names = ("kl_engine_trainer", "kl_engine_trainer_error", "parity_mean", "parity_max")
-        found = {n: pl_module.window_metrics.get(f"sampling/{n}") for n in names}
+        found = {n: pl_module.step_metrics.get(f"sampling/{n}") for n in names}
         self.steps.append({"step": self._step, **{n: x for n, x in found.items() if x is not None}})
         now = time.perf_counter()
         self.seconds.append(now - (self._then or now))

@@ -99,7 +99,7 @@ class Completion:
 
 @dataclass(slots=True, kw_only=True)
 class PromptBatch:
-    """P prompts of one rollout on this rank, dealt once per micro-batch: `part` of `parts`.
+    """P prompts of one rollout on this rank, dealt once per micro-batch: `micro_batch` of `micro_batches`.
 
     `rollout` is empty when a loader yields the batch; the rollout callback puts its micro-batch there.
     """
@@ -115,8 +115,8 @@ class PromptBatch:
     `reads_model_inputs = True`"""
     rollout_index: int = 0
     """how many rollouts came before this one, since the beginning of training"""
-    part: int = 0
-    parts: int = 1
+    micro_batch: int = 0
+    micro_batches: int = 1
     rollout: "RolloutBatch | None" = None
     samples: dict[str, list[Any]] | None = None
     """columns of the rollout's samples, for people to read; put here together with the rollout"""

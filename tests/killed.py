@@ -119,7 +119,7 @@ class Lines(Callback):
         os.write(self.number, line.encode())
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-        if batch.part == 0:
+        if batch.micro_batch == 0:
             step = (trainer.fit_loop.epoch_loop.total_batch_idx, self.rank)
             self.write(what="samples", step=str(step), values={"samples": repr(batch.samples)})
 

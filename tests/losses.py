@@ -41,7 +41,7 @@ def micro_batch(
         selected=torch.rand(n, generator=g) < 0.3,
         entropy_keep=torch.rand(n, generator=g) < 0.6,
     )
-    b = replace(b, totals=replace(b.totals, entropy_tokens=int(b.entropy_keep.sum())))
+    b = replace(b, normalizers=replace(b.normalizers, entropy_tokens=int(b.entropy_keep.sum())))
     return {"batch": b, "logprobs": logprobs, "entropy": torch.rand(n, generator=g)}
 
 

@@ -62,14 +62,14 @@ class _Part:
 def _window(whole: RolloutBatch, rows: Sequence[Sequence[int]], config: LossConfig) -> list[_Part]:
     """Returns one window's micro-batches, which carry its counts and the selections made over all of it."""
     inside = whole.take(sorted(s for part in rows for s in part))
-    totals = replace(
-        whole.totals,
+    normalizers = replace(
+        whole.normalizers,
         tokens=sum(inside.lengths),
         sequences=len(inside.lengths),
         groups=int((inside.group_tokens > 0).sum()),
         micro_batches=len(rows),
     )
-    parts = [replace(whole.take(part), totals=totals) for part in rows]
+    parts = [replace(whole.take(part), normalizers=normalizers) for part in rows]
     tokens = [torch.isin(whole.sequence_ids, torch.tensor(list(part))).nonzero()[:, 0] for part in rows]
     chosen = choose_tokens(parts, config, seed=0, gather=lambda x: [x]) if config.needs_old_pass else parts
     return [_Part(b, t) for b, t in zip(chosen, tokens, strict=True)]

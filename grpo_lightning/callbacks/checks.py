@@ -82,7 +82,7 @@ def run_seed(seed: int | None) -> int:
     return seed if seed is not None else int(os.environ.get("PL_GLOBAL_SEED", "0"))
 
 
-def check_epoch(trainer: pl.Trainer, parts: int) -> None:
+def check_epoch(trainer: pl.Trainer, micro_batches: int) -> None:
     """Raises ConfigError unless an epoch has a known length of whole rollouts."""
     length = trainer.num_training_batches
     if length == float("inf"):
@@ -90,10 +90,10 @@ def check_epoch(trainer: pl.Trainer, parts: int) -> None:
             "the train loader has no length, so Lightning reads one batch ahead and every rollout would be "
             "one policy late; give it a __len__"
         )
-    if int(length) % parts:
+    if int(length) % micro_batches:
         raise ConfigError(
-            f"an epoch has {length} micro-batches, which is not a multiple of the {parts} that one rollout "
-            "feeds; change trainer.limit_train_batches or trainer.accumulate_grad_batches"
+            f"an epoch has {length} micro-batches, which is not a multiple of the {micro_batches} that one "
+            "rollout feeds; change trainer.limit_train_batches or trainer.accumulate_grad_batches"
         )
 
 

@@ -76,11 +76,15 @@ class Health(Callback):
         if trainer.global_step == self._step:
             return
         self._step = trainer.global_step
-        metrics: Mapping[str, Any] = getattr(pl_module, "window_metrics", {})
+        metrics: Mapping[str, Any] = getattr(pl_module, "step_metrics", {})
         norm = {k: v for k, v in trainer.callback_metrics.items() if k == "grad_norm"}
         self.history.add(metrics)
         self.history.add(norm)
-        if isinstance(batch, PromptBatch) and batch.part + 1 == batch.parts and batch.samples is not None:
+        if (
+            isinstance(batch, PromptBatch)
+            and batch.micro_batch + 1 == batch.micro_batches
+            and batch.samples is not None
+        ):
             self.history.add(_of_samples(batch.samples, trains=metrics.get("rollout/loss_tokens") != 0))
         self._speak(trainer.global_step)
 

@@ -85,7 +85,7 @@ class PolicyCheck:
         self.action = action
         self.level: float | None = None
         """nats a token above which the running estimate asks for an examination; None: at once"""
-        self.parts: Sequence[RolloutBatch] = ()
+        self.micro_batches: Sequence[RolloutBatch] = ()
         """the micro-batches of the optimizer step under way, on the host"""
         self._sums = torch.zeros(5, dtype=torch.float64)
         self._judged = 0
@@ -99,14 +99,14 @@ class PolicyCheck:
             EngineError: the engine is apart from the trainer and from the model as it was loaded.
             GRPOError: the trainer is, so that its kernels are to blame.
         """
-        stat = module.window_stats.get("sampling/kl_engine_trainer")
+        stat = module.step_stats.get("sampling/kl_engine_trainer")
         engine, policy = settings.engine, module.policy
         if stat is None or not getattr(engine, "exact", True) or policy.drops_out:
             return
         self._sums += stat.value.double().cpu()
         if not (self._evidence or self._asks()):
             return
-        own = _examined(self.parts, module.window_gaps)
+        own = _examined(self.micro_batches, module.step_gaps)
         seed = settings.seed + trainer.global_step
         self._evidence.append(_over_ranks([distances(policy, b, gap, seed) for b, gap in own]))
         found = _join(self._evidence)
@@ -172,11 +172,11 @@ class PolicyCheck:
 
 
 def _examined(
-    parts: Sequence[RolloutBatch], gaps: Sequence[Tensor | None]
+    micro_batches: Sequence[RolloutBatch], gaps: Sequence[Tensor | None]
 ) -> list[tuple[RolloutBatch, Tensor]]:
     """Returns completions of the micro-batches, evenly spaced, and their part of the gaps; on the device."""
     known = [i for i, gap in enumerate(gaps) if gap is not None]
-    lengths = {i: parts[i].lengths for i in known}
+    lengths = {i: micro_batches[i].lengths for i in known}
     found = [(i, s) for i in known for s, n in enumerate(lengths[i]) if n]
     mean = sum(lengths[i][s] for i, s in found) / max(len(found), 1)
     count = min(len(found), EXAMINED, max(ENOUGH, int(EXAMINED_TOKENS / max(mean, 1))))
@@ -185,8 +185,8 @@ def _examined(
     for i in known:
         gap, mine = gaps[i], [s for j, s in chosen if j == i]
         if gap is not None and mine:
-            tokens = torch.isin(parts[i].sequence_ids, torch.tensor(mine))
-            out.append((parts[i].take(mine).to(gap.device), gap[tokens.to(gap.device)]))
+            tokens = torch.isin(micro_batches[i].sequence_ids, torch.tensor(mine))
+            out.append((micro_batches[i].take(mine).to(gap.device), gap[tokens.to(gap.device)]))
     return out
 
 

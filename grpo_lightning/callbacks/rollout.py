@@ -178,18 +178,18 @@ class RolloutCallback(Callback):
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Puts this micro-batch's part of the rollout into `batch`; the first part makes the rollout."""
+        """Puts this micro-batch of the rollout into `batch`; the first one makes the rollout."""
         check_batch(batch, pl_module)
-        if batch.part % trainer.accumulate_grad_batches == 0:
+        if batch.micro_batch % trainer.accumulate_grad_batches == 0:
             with self._stopping.saving(trainer, self):
                 self._stopping.agree(trainer)
                 self._clock.begin_step()
-                if batch.part == 0:
+                if batch.micro_batch == 0:
                     self._micro_batches = self._roll(trainer, pl_module, batch)
-        first = batch.part - batch.part % trainer.accumulate_grad_batches
-        self.policy_check.parts = self._micro_batches[first : batch.part + 1]
-        self.micro_batch_sizer.begin(self._micro_batches[batch.part])
-        batch.rollout = self._micro_batches[batch.part].to(pl_module.device)
+        first = batch.micro_batch - batch.micro_batch % trainer.accumulate_grad_batches
+        self.policy_check.micro_batches = self._micro_batches[first : batch.micro_batch + 1]
+        self.micro_batch_sizer.begin(self._micro_batches[batch.micro_batch])
+        batch.rollout = self._micro_batches[batch.micro_batch].to(pl_module.device)
         batch.samples = self._samples
         self._clock.begin_training()
 
@@ -201,11 +201,11 @@ class RolloutCallback(Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Times the step and lets go of a rollout that is used up."""
-        ends_step = (batch.part + 1) % trainer.accumulate_grad_batches == 0
+        ends_step = (batch.micro_batch + 1) % trainer.accumulate_grad_batches == 0
         self._clock.end_training(pl_module.device if ends_step else None)
         if ends_step:
             log_numbers(pl_module, self._clock.end_step() | self.micro_batch_sizer.metrics())
-        if batch.part + 1 == batch.parts:
+        if batch.micro_batch + 1 == batch.micro_batches:
             log_numbers(pl_module, self._clock.end_rollout(), shown=("tokens_per_second",))
             self._micro_batches = []
         if ends_step:
@@ -227,10 +227,10 @@ class RolloutCallback(Callback):
         scoring = perf_counter()
         steps = self.updates_per_rollout, self.num_iterations, self.zero_variance_groups
         splitting = Splitting(*steps, self.micro_batch_sizer, self.seed)
-        parts, dropped = make_micro_batches(rollout, collector, splitting, trainer, module)
+        micro_batches, dropped = make_micro_batches(rollout, collector, splitting, trainer, module)
         seconds = {"score": perf_counter() - scoring, "rollout": perf_counter() - started}
         self._metrics.log(trainer, module, rollout, dropped, seconds)
-        return parts * self.num_iterations
+        return micro_batches * self.num_iterations
 
     def _advantage_of(self, loss: LossConfig) -> str:
         return self.advantage or loss.recipe.advantage

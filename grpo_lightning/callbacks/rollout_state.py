@@ -5,7 +5,7 @@ from typing import Any
 
 from grpo_lightning.engines.process_guard import restore_random_state
 from grpo_lightning.errors import ConfigError
-from grpo_lightning.packing.batch import LossTotals, RolloutBatch
+from grpo_lightning.packing.batch import Normalizers, RolloutBatch
 from grpo_lightning.packing.geometry import SequenceLayout
 from grpo_lightning.types import Truncation
 
@@ -17,7 +17,12 @@ def batch_state(batch: RolloutBatch) -> dict[str, Any]:
     layout = batch.sequence_layout
     positions = [len(own) if isinstance(own, range) else list(own) for own in layout.loss_positions]
     plain = (layout.prompt_lengths, positions, layout.host_groups)
-    return {**fields, "totals": asdict(batch.totals), "truncation": kept, "sequence_layout": plain}
+    return {
+        **fields,
+        "normalizers": asdict(batch.normalizers),
+        "truncation": kept,
+        "sequence_layout": plain,
+    }
 
 
 def restore_batch(state: dict[str, Any]) -> RolloutBatch:
@@ -26,8 +31,10 @@ def restore_batch(state: dict[str, Any]) -> RolloutBatch:
     prompts, positions, groups = state["sequence_layout"]
     trained = tuple(range(own) if isinstance(own, int) else tuple(own) for own in positions)
     layout = SequenceLayout(prompts, trained, groups)
-    totals = LossTotals(**state["totals"])
-    return RolloutBatch(**{**state, "totals": totals, "truncation": kept, "sequence_layout": layout})
+    normalizers = Normalizers(**state["normalizers"])
+    return RolloutBatch(
+        **{**state, "normalizers": normalizers, "truncation": kept, "sequence_layout": layout}
+    )
 
 
 def restore(state: dict[str, Any], rank: int, world_size: int) -> list[RolloutBatch]:
@@ -42,7 +49,7 @@ def restore(state: dict[str, Any], rank: int, world_size: int) -> list[RolloutBa
             f"--ckpt_path was saved in the middle of a rollout by {len(saved)} ranks, now there are "
             f"{world_size}; resume with as many, or from the end of a rollout"
         )
-    if any("sequence_layout" not in batch for parts in saved for batch in parts or ()):
+    if any(not {"sequence_layout", "normalizers"} <= batch.keys() for own in saved for batch in own or ()):
         raise ConfigError(
             "--ckpt_path was saved in the middle of a rollout by an older grpo-lightning, which packed it "
             "differently; resume from a checkpoint of the end of a rollout"

@@ -43,7 +43,7 @@ class SampleTable(Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Shows the rollout that the step just made was trained on."""
-        last = isinstance(batch, PromptBatch) and batch.part + 1 == batch.parts
+        last = isinstance(batch, PromptBatch) and batch.micro_batch + 1 == batch.micro_batches
         if not last or not batch.samples or trainer.global_step % self.every_n_steps:
             return
         step = trainer.global_step

@@ -53,7 +53,7 @@ class Boundary:
     loops: dict[str, Any]
     data: dict[str, Any]
     random: dict[str, Any]
-    parts: list[RolloutBatch]
+    micro_batches: list[RolloutBatch]
     num_tokens: float
     policy_check: dict[str, Any]
 
@@ -99,7 +99,7 @@ class Stopping:
             loops=loops,
             data={} if data is None else deepcopy(data.state_dict()),
             random=random_state(),
-            parts=rollout._micro_batches,
+            micro_batches=rollout._micro_batches,
             num_tokens=rollout._metrics.num_tokens,
             policy_check=rollout.policy_check.state_dict(),
         )
@@ -191,7 +191,7 @@ class Stopping:
         at = self._boundary
         if at is None or path is None:
             return None
-        rollout._micro_batches, rollout._metrics.num_tokens = at.parts, at.num_tokens
+        rollout._micro_batches, rollout._metrics.num_tokens = at.micro_batches, at.num_tokens
         rollout.policy_check.load_state_dict(at.policy_check)
         restore_random_state(at.random)
         checkpoint = trainer._checkpoint_connector.dump_checkpoint(weights_only=False)

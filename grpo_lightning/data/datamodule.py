@@ -196,7 +196,7 @@ class PromptDataModule(LightningDataModule):
             "prompts_per_rollout": self.prompts_per_rollout,
             "rank": rank,
             "world_size": world_size,
-            "parts": asked_of_dealer(self.trainer, "micro_batches_per_rollout", 1),
+            "micro_batches": asked_of_dealer(self.trainer, "micro_batches_per_rollout", 1),
             "seed": self.order_seed,
             "shuffle": self.shuffle,
             "allow_changed_data": self.allow_changed_data,

@@ -34,7 +34,7 @@ def asked_of_dealer(trainer: Any, question: str, default: int) -> int:
 
 
 class PromptLoader:
-    """Yields `PromptBatch`es: for each rollout this rank's prompts, dealt `parts` times.
+    """Yields `PromptBatch`es: for each rollout this rank's prompts, dealt `micro_batches` times.
 
     The order is a pure function of (seed, epoch) and the same on every rank. Each rollout is a block of
     `prompts_per_rollout` neighbours in that order; rank r takes the r-th slice of the block, so no group
@@ -49,7 +49,7 @@ class PromptLoader:
         prompts_per_rollout: over all ranks.
         rank: of this process.
         world_size: number of ranks.
-        parts: how often each rollout's prompts are dealt; one part is one micro-batch.
+        micro_batches: that one rollout feeds: how often its prompts are dealt.
         seed: of the order.
         shuffle: False keeps the order of the dataset in every epoch.
         fingerprint: of the prompts; a saved position is only taken up with the same one.
@@ -69,7 +69,7 @@ class PromptLoader:
         prompts_per_rollout: int,
         rank: int = 0,
         world_size: int = 1,
-        parts: int = 1,
+        micro_batches: int = 1,
         seed: int = 0,
         shuffle: bool = True,
         fingerprint: str = "",
@@ -78,16 +78,16 @@ class PromptLoader:
     ) -> None:
         check_world(prompts_per_rollout, world_size)
         check_enough(len(prompts), prompts_per_rollout)
-        if parts < 1:
-            raise ConfigError(f"a rollout is dealt in {parts} parts; it must be at least 1")
+        if micro_batches < 1:
+            raise ConfigError(f"a rollout feeds {micro_batches} micro-batches; it must be at least 1")
         self.prompts, self.n = prompts, len(prompts)
         self.prompts_per_rollout = prompts_per_rollout
-        self.rank, self.world_size, self.parts = rank, world_size, parts
+        self.rank, self.world_size, self.micro_batches = rank, world_size, micro_batches
         self.seed, self.shuffle = seed, shuffle
         self.fingerprint, self.allow_changed_data = fingerprint, allow_changed_data
         self.spares = spares
         # The next batch to be dealt.
-        self.epoch, self.rollout, self.part = 0, 0, 0
+        self.epoch, self.rollout, self.micro_batch = 0, 0, 0
         self._order: tuple[int, list[int]] = (-1, [])
 
     @property
@@ -100,7 +100,7 @@ class PromptLoader:
         return self.n % self.prompts_per_rollout
 
     def __len__(self) -> int:
-        return self.rollouts_per_epoch * self.parts
+        return self.rollouts_per_epoch * self.micro_batches
 
     def __iter__(self) -> Iterator[PromptBatch]:
         # Lightning makes iterators that it never reads; nothing happens before the first batch is taken.
@@ -113,8 +113,8 @@ class PromptLoader:
         share = self.prompts_per_rollout // self.world_size
         batch = collate(self._take(slice(self.rank * share, (self.rank + 1) * share)))
         batch.rollout_index = self.epoch * self.rollouts_per_epoch + self.rollout
-        batch.part, batch.parts = self.part, self.parts
-        if self.spares and self.part == 0:
+        batch.micro_batch, batch.micro_batches = self.micro_batch, self.micro_batches
+        if self.spares and self.micro_batch == 0:
             batch.spares = self._spares(batch.rollout_index, share)
         return batch
 
@@ -141,9 +141,9 @@ class PromptLoader:
         return [self.prompts[i] for i in self._order[1][start : start + self.prompts_per_rollout][mine]]
 
     def _advance(self) -> None:
-        self.part += 1
-        if self.part == self.parts:
-            self.part = 0
+        self.micro_batch += 1
+        if self.micro_batch == self.micro_batches:
+            self.micro_batch = 0
             self.rollout += 1
         if self.rollout == self.rollouts_per_epoch:
             self.rollout = 0
@@ -155,8 +155,8 @@ class PromptLoader:
             "version": VERSION,
             "epoch": self.epoch,
             "position": self.rollout * self.prompts_per_rollout,  # prompts of this epoch in complete rollouts
-            "part": self.part,
-            "parts": self.parts,
+            "part": self.micro_batch,
+            "parts": self.micro_batches,
             **self._identity(),
         }
 
@@ -192,17 +192,17 @@ class PromptLoader:
                         "restore it, "
                         "or set data.allow_changed_data: true to go on at the same place in the new order"
                     )
-        for name in ("parts", "prompts_per_rollout"):
-            value = getattr(self, name)
+        sizes = {"parts": self.micro_batches, "prompts_per_rollout": self.prompts_per_rollout}
+        for name, value in sizes.items():
             if state["part"] != 0 and state[name] != value:
                 raise ConfigError(
                     f"the checkpoint was written amid a rollout with {_SAYS[name]} {state[name]}, now it is "
                     f"{value}; restore it, or resume from a checkpoint written at the end of a rollout"
                 )
-        self.epoch, self.part = int(state["epoch"]), int(state["part"])
+        self.epoch, self.micro_batch = int(state["epoch"]), int(state["part"])
         self.rollout = int(state["position"]) // self.prompts_per_rollout
         if self.rollout >= self.rollouts_per_epoch:
-            self.epoch, self.rollout, self.part = self.epoch + 1, 0, 0
+            self.epoch, self.rollout, self.micro_batch = self.epoch + 1, 0, 0
 
 
 class EvalPromptLoader:

@@ -145,14 +145,14 @@ class StreamingPromptLoader(PromptLoader):
         self._before = stream.state_dict()
 
     def _take(self, mine: slice) -> list[EncodedPrompt]:
-        if self.part == 0 or not self._drawn:
+        if self.micro_batch == 0 or not self._drawn:
             self._before = self.stream.state_dict()
             self._drawn = self.stream.take(self.prompts_per_rollout)
         return self._drawn[mine]
 
     def state_dict(self) -> dict[str, Any]:
         # Amid a rollout, its prompts have to be drawn once more after a resume.
-        stream = self.stream.state_dict() if self.part == 0 else self._before
+        stream = self.stream.state_dict() if self.micro_batch == 0 else self._before
         return super().state_dict() | {"stream": stream}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""Aggregations: the weight of each token, from the counts of the whole window. `loss = sum_n w_n l_n`."""
+"""Aggregations: the weight of each token, from the counts of an optimizer step. `loss = sum_n w_n l_n`."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -6,26 +6,26 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from grpo_lightning.losses.completion_sums import Segments
-from grpo_lightning.packing.batch import LossTotals
+from grpo_lightning.packing.batch import Normalizers
 
 
 @dataclass(frozen=True, slots=True)
 class Aggregation:
-    """A row of `AGGREGATIONS`; `divisors(segments, totals) -> [S] float64`."""
+    """A row of `AGGREGATIONS`; `divisors(segments, normalizers) -> [S] float64`."""
 
-    divisors: Callable[[Segments, LossTotals], Tensor]
+    divisors: Callable[[Segments, Normalizers], Tensor]
     formula: str
     split_invariant: bool = True
     per_token: bool = False
     """whether a completion weighs more the longer it is"""
 
-    def weights(self, segments: Segments, totals: LossTotals) -> Tensor:
+    def weights(self, segments: Segments, normalizers: Normalizers) -> Tensor:
         """Returns w [N] float64; every token of a completion weighs the same."""
-        return segments.spread(self.per_completion(segments, totals))
+        return segments.spread(self.per_completion(segments, normalizers))
 
-    def per_completion(self, segments: Segments, totals: LossTotals) -> Tensor:
+    def per_completion(self, segments: Segments, normalizers: Normalizers) -> Tensor:
         """Returns the weight [S] float64 of each token of a completion."""
-        return 1 / self.divisors(segments, totals).clamp(min=1)
+        return 1 / self.divisors(segments, normalizers).clamp(min=1)
 
 
 def _constant(s: Segments, divisor: float) -> Tensor:

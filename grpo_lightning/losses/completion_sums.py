@@ -16,7 +16,7 @@ class Segments:
     ids: Tensor  # [N] int64, sorted
     lengths: Tensor  # [S] int64, 0 is legal
     groups: Tensor  # [S] int64
-    group_tokens: Tensor  # [P] int64, of the window
+    group_tokens: Tensor  # [P] int64, of the optimizer step
     weights: Tensor | None = None  # [S], how many completions each stands for in metrics
 
     @classmethod

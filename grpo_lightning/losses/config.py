@@ -193,7 +193,7 @@ class LossConfig:
 
     @property
     def needs_old_pass(self) -> bool:
-        """Whether something is chosen from the old policy's numbers of the whole window."""
+        """Whether something is chosen from the old policy's numbers of the whole optimizer step."""
         return self.surrogate_row.needs_old or self.top_entropy_quantile < 1
 
     @property

@@ -27,14 +27,14 @@ class Weights(TypedDict, total=False):
 
 @dataclass(frozen=True, slots=True)
 class LossOutput:
-    """`loss`: this micro-batch's share of the window's loss, with gradient; `stats`: what is logged."""
+    """`loss`: this micro-batch's share of the step's loss, with gradient; `stats`: what is logged."""
 
     loss: Tensor
     stats: dict[str, Stat]
 
 
 class LossGrad(NamedTuple):
-    """A micro-batch's share of the window's loss with its derivatives, none of them attached to a graph."""
+    """A micro-batch's share of the step's loss with its derivatives, none of them attached to a graph."""
 
     loss: Tensor  # scalar
     dlogprobs: Tensor  # [N] d loss / d logprobs, in 1 / nats
@@ -51,10 +51,10 @@ def policy_loss(
     kl_coef: float | None = None,
     entropy_coef: float | None = None,
 ) -> LossOutput:
-    """Returns sum_n w_n (c_n l_n + kl_coef KL_n) - entropy_coef mean_window(H), and its statistics.
+    """Returns sum_n w_n (c_n l_n + kl_coef KL_n) - entropy_coef mean_step(H), and its statistics.
 
-    The shares of all micro-batches of a window, on all ranks, add up to its loss. Lightning
-    divides by accumulated batches and DDP averages over ranks, so return `batch.totals.micro_batches * loss`.
+    The shares of all micro-batches of an optimizer step, on all ranks, add up to its loss. Lightning divides
+    by accumulated batches and DDP averages over ranks: return `batch.normalizers.micro_batches * loss`.
 
     Args:
         logprobs: [N] of the policy being trained, with gradient, in nats.
@@ -75,7 +75,7 @@ def policy_loss(
     old, bypass = _old(logprobs, batch, config)
     log_ratio = (logprobs - old).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
     ratio = RATIO_LEVELS[str(config.ratio_level)](log_ratio, segments)
-    weights = AGGREGATIONS[str(config.aggregation)].weights(segments, batch.totals).to(logprobs.dtype)
+    weights = AGGREGATIONS[str(config.aggregation)].weights(segments, batch.normalizers).to(logprobs.dtype)
     sampled_by = logprobs.detach() if batch.old_logprobs is None else batch.old_logprobs
     correction, stats = correction_weights(sampled_by, batch, segments, config.correction)
     advantages = batch.advantages.to(logprobs.dtype)
@@ -96,10 +96,12 @@ def policy_loss(
             "token; take model.loss.name: dapo or another loss of tokens"
         )
     if config.surrogate_row.needs_old and batch.selected is None:
-        raise ValueError(f"{config.surrogate} needs the window's selection, made from old log-probabilities")
+        raise ValueError(
+            f"{config.surrogate} needs the optimizer step's selection, made from old log-probabilities"
+        )
     objective = config.surrogate_row(**inputs)
     if config.surrogate_row.whole_groups:
-        loss = objective / max(batch.totals.groups, 1)
+        loss = objective / max(batch.normalizers.groups, 1)
     else:
         keep, kept = _keep(logprobs, old, batch, segments, config)
         stats |= kept
@@ -132,7 +134,9 @@ def _keep(
         keep, stats = off_policy_keep(logprobs.detach(), old, batch, segments, config.off_policy_threshold)
     if config.top_entropy_quantile < 1:
         if batch.entropy_keep is None:
-            raise ValueError("top_entropy_quantile needs the window's selection, made from old entropies")
+            raise ValueError(
+                "top_entropy_quantile needs the optimizer step's selection, made from old entropies"
+            )
         keep = keep * batch.entropy_keep.to(keep.dtype)
     return keep, stats
 
@@ -152,7 +156,7 @@ def _kl(logprobs: Tensor, batch: RolloutBatch, config: LossConfig, ratio: Tensor
 def _with_entropy(
     loss: Tensor, entropy: Tensor | None, coefficient: float, batch: RolloutBatch, segments: Segments
 ) -> tuple[Tensor, dict[str, Stat]]:
-    """Returns the loss less the entropy bonus, a mean over the window's tokens for every recipe."""
+    """Returns the loss less the entropy bonus, a mean over the optimizer step's tokens for every recipe."""
     if entropy is None:
         if coefficient:
             raise ValueError("entropy_coef is set but no entropy was given")
@@ -161,6 +165,6 @@ def _with_entropy(
     if not coefficient:
         return loss, stats
     kept = entropy if batch.entropy_keep is None else entropy * batch.entropy_keep.to(entropy.dtype)
-    count = batch.totals.tokens if batch.entropy_keep is None else batch.totals.entropy_tokens
+    count = batch.normalizers.tokens if batch.entropy_keep is None else batch.normalizers.entropy_tokens
     stats["policy_loss"] = reduced("sum", loss)
     return loss - coefficient * kept.sum() / max(count, 1), stats

@@ -21,7 +21,7 @@ AVAILABLE = (
     "log_ratio",  # [N] clamped, token level
     "old_logprobs",  # [N]
     "correction",  # [N] sampler correction, 1 where there is none
-    "selected",  # [N] bool, the covariance selection of the window
+    "selected",  # [N] bool, the covariance selection of the optimizer step
     "segments",  # sums per completion and group
     "config",  # the LossConfig
 )
@@ -46,11 +46,11 @@ class Surrogate:
     meant_per_token: bool = False
     """published with the token's own ratio"""
     whole_groups: bool = False
-    """returns one number for all groups, which must not be cut; divided by the window's groups"""
+    """returns one number for all groups, which must not be cut; divided by the optimizer step's groups"""
     completion_advantages: bool = False
     """needs one advantage for each completion"""
     needs_old: bool = False
-    """needs log-probabilities from before the first update, for the whole window"""
+    """needs log-probabilities from before the first update, for the whole optimizer step"""
     picks_at_random: bool = False
     """selects at random among tokens of high covariance, not the highest"""
 

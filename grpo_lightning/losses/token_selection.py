@@ -1,4 +1,4 @@
-"""What a loss chooses once per window, over all ranks, from the numbers of the old policy.
+"""What a loss chooses once per optimizer step, over all ranks, from the numbers of the old policy.
 
 A choice made per micro-batch would depend on how the work is split; these do not.
 """
@@ -24,33 +24,35 @@ alone, which depends on how a rollout is split"""
 
 
 def choose_tokens(
-    parts: Sequence[RolloutBatch], config: LossConfig, *, seed: int, gather: Gather, rank: int = 0
+    micro_batches: Sequence[RolloutBatch], config: LossConfig, *, seed: int, gather: Gather, rank: int = 0
 ) -> list[RolloutBatch]:
-    """Returns the micro-batches of one window with the selections that `config` asks for.
+    """Returns the micro-batches of one optimizer step with the selections that `config` asks for.
 
     Args:
-        parts: on the host, in order, with `old_logprobs` and `old_entropies`.
+        micro_batches: on the host, in order, with `old_logprobs` and `old_entropies`.
         config: the recipe.
         seed: of the random selection of clip_cov.
         gather: over ranks.
         rank: of this process.
     """
     config = config.resolve()
-    sizes = [len(p.target_ids) for p in parts]
+    sizes = [len(p.target_ids) for p in micro_batches]
     fields: dict[str, Tensor] = {}
-    totals = parts[0].totals
+    normalizers = micro_batches[0].normalizers
     if config.surrogate_row.needs_old:
-        fields["selected"] = _select(parts, config, seed + max(p.newest_version for p in parts), gather, rank)
+        fields["selected"] = _select(
+            micro_batches, config, seed + max(p.newest_version for p in micro_batches), gather, rank
+        )
     if config.top_entropy_quantile < 1:
-        entropies = torch.cat([require(p.old_entropies) for p in parts])
+        entropies = torch.cat([require(p.old_entropies) for p in micro_batches])
         everything = torch.cat(gather(entropies))
         keep = entropies >= quantile(everything, 1 - config.top_entropy_quantile) - ROUNDING
-        totals = replace(totals, entropy_tokens=sum(gather(int(keep.sum()))))
+        normalizers = replace(normalizers, entropy_tokens=sum(gather(int(keep.sum()))))
         fields["entropy_keep"] = keep
     pieces = {name: torch.split(mask, sizes) for name, mask in fields.items()}
     return [
-        replace(p, totals=totals, **{name: piece[i] for name, piece in pieces.items()})
-        for i, p in enumerate(parts)
+        replace(p, normalizers=normalizers, **{name: piece[i] for name, piece in pieces.items()})
+        for i, p in enumerate(micro_batches)
     ]
 
 
@@ -62,16 +64,16 @@ def reference_gap(batch: RolloutBatch) -> Tensor:
 def require(x: Tensor | None) -> Tensor:
     """Returns `x`, which the pass without gradient has to have left."""
     if x is None:
-        raise ValueError("the window was not scored by the old policy")
+        raise ValueError("the optimizer step's batch was not scored by the old policy")
     return x
 
 
 def _select(
-    parts: Sequence[RolloutBatch], config: LossConfig, seed: int, gather: Gather, rank: int
+    micro_batches: Sequence[RolloutBatch], config: LossConfig, seed: int, gather: Gather, rank: int
 ) -> Tensor:
     """Returns the tokens [N] of this rank that clip_cov or kl_cov selects, by covariance of A and l_old."""
-    advantages = torch.cat([p.advantages for p in parts]).double()
-    old = torch.cat([require(p.old_logprobs) for p in parts]).double()
+    advantages = torch.cat([p.advantages for p in micro_batches]).double()
+    old = torch.cat([require(p.old_logprobs) for p in micro_batches]).double()
     sums = torch.stack([advantages.sum(), old.sum(), torch.tensor(float(len(old)), dtype=torch.float64)])
     counts = gather(sums)
     mean_a, mean_l, total = torch.stack(counts).sum(0)

@@ -21,7 +21,12 @@ from grpo_lightning.modules.policy_module import PolicyModule, adamw
 from grpo_lightning.modules.trainer_support import explains
 from grpo_lightning.packing.batch import RolloutBatch
 from grpo_lightning.policy.reference import ReferenceConfig
-from grpo_lightning.policy.verification import check_totals, engine_gap, first_step_distance, rollout_stats
+from grpo_lightning.policy.verification import (
+    check_normalizers,
+    engine_gap,
+    first_step_distance,
+    rollout_stats,
+)
 from grpo_lightning.types import PromptBatch
 
 
@@ -29,8 +34,8 @@ from grpo_lightning.types import PromptBatch
 class GRPOModule(PolicyModule):
     """Trains a causal language model on rollouts.
 
-    A batch is a `PromptBatch` into which a callback has put a `RolloutBatch`, or one of the parts that
-    `RolloutBatch.split` cuts the batch of an optimizer step into, as many on every rank as the Trainer
+    A batch is a `PromptBatch` into which a callback has put a `RolloutBatch`, or one of the micro-batches
+    that `RolloutBatch.split` cuts the batch of an optimizer step into, as many on every rank as the Trainer
     accumulates. `configure_model` loads weights, after data and options have been checked.
 
     Args:
@@ -86,11 +91,11 @@ class GRPOModule(PolicyModule):
         )
         self.loss = loss.resolve()
         self._verified = False
-        self._window: list[Mapping[str, Stat]] = []
-        self.window_metrics: dict[str, float] = {}
+        self._micro_batch_stats: list[Mapping[str, Stat]] = []
+        self.step_metrics: dict[str, float] = {}
         """what the loss of the latest optimizer step logged"""
-        self.window_stats: dict[str, Stat] = {}  # the sums that these are made of, over all ranks
-        self.window_gaps: list[Tensor | None] = []  # of `engine_gap`, by micro-batch; None: not comparable
+        self.step_stats: dict[str, Stat] = {}  # the sums that these are made of, over all ranks
+        self.step_gaps: list[Tensor | None] = []  # of `engine_gap`, by micro-batch; None: not comparable
         self.coefficients = Coefficients(self.loss)
         if reference is not None and not self.loss.kl_coef:
             raise ConfigError("model.reference is set but model.loss.kl_coef is 0; set kl_coef > 0")
@@ -141,12 +146,12 @@ class GRPOModule(PolicyModule):
         rollout = rollout if log_kept is None else rollout.rescored(log_kept)
         backend = "triton" if self.policy.prepared.chosen["loss"] else "torch"
         out = policy_loss(logprobs, rollout, self.loss, entropy, backend=backend, **weights)
-        if not self._window:
-            self.window_gaps = []
-        self._window.append(out.stats | self._rollout_stats(rollout, logprobs.detach()))
-        if self._window_is_full(batch_idx):
-            self._log_window()
-        return rollout.totals.micro_batches * out.loss
+        if not self._micro_batch_stats:
+            self.step_gaps = []
+        self._micro_batch_stats.append(out.stats | self._rollout_stats(rollout, logprobs.detach()))
+        if self._ends_step(batch_idx):
+            self._log_step()
+        return rollout.normalizers.micro_batches * out.loss
 
     def predict_step(self, batch: PromptBatch, batch_idx: int) -> dict[str, list[Any]] | None:
         """Returns the samples of the batch as columns."""
@@ -161,31 +166,31 @@ class GRPOModule(PolicyModule):
     def _counted(self, rollout: RolloutBatch) -> RolloutBatch:
         """Returns the batch with the number of micro-batches that Lightning and DDP average over."""
         averaged = self.trainer.accumulate_grad_batches * self.trainer.world_size
-        return replace(rollout, totals=replace(rollout.totals, micro_batches=averaged))
+        return replace(rollout, normalizers=replace(rollout.normalizers, micro_batches=averaged))
 
     def _rollout_stats(self, rollout: RolloutBatch, logprobs: Tensor) -> dict[str, Stat]:
         lags = [self.global_step - version for version in rollout.policy_versions]
         gap = None if any(lags) else engine_gap(rollout, logprobs)
-        self.window_gaps.append(gap)
+        self.step_gaps.append(gap)
         return rollout_stats(rollout, logprobs, gap, lags)
 
-    def _window_is_full(self, batch_idx: int) -> bool:
+    def _ends_step(self, batch_idx: int) -> bool:
         k = self.trainer.accumulate_grad_batches
         return (batch_idx + 1) % k == 0 or batch_idx + 1 == self.trainer.num_training_batches
 
-    def _log_window(self) -> None:
-        self.window_stats = all_ranks(combine(self._window))
-        metrics = values(self.window_stats)
-        self._window.clear()
-        check_totals(metrics, self.global_step)
+    def _log_step(self) -> None:
+        self.step_stats = all_ranks(combine(self._micro_batch_stats))
+        metrics = values(self.step_stats)
+        self._micro_batch_stats.clear()
+        check_normalizers(metrics, self.global_step)
         metrics |= self.coefficients.metrics()
         if self.policy.graphs is not None:
             metrics["graphs/captures"] = float(self.policy.graphs.captures)
         if self.skipped.look(metrics):
             self.coefficients.step(metrics)
         else:  # the step is skipped, and its numbers are judged no further
-            self.window_stats = {}
-        self.window_metrics = metrics
+            self.step_stats = {}
+        self.step_metrics = metrics
         log_numbers(self, metrics, shown=("kl",))
 
     def loss_state(self) -> dict[str, Any]:

@@ -16,13 +16,13 @@ import torch
 from torch import Tensor
 
 from grpo_lightning.packing.geometry import RowStarts, SequenceLayout, members_of
-from grpo_lightning.packing.loss_tokens import loss_positions, sampler_logprobs, token_advantages
+from grpo_lightning.packing.loss_tokens import by_token, layout_of, loss_tokens, sampler_logprobs
 from grpo_lightning.types import Completion, Truncation
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class LossTotals:
-    """Counts of one window: all micro-batches, over all ranks, that feed one optimizer step.
+class Normalizers:
+    """Counts of one optimizer step: of all micro-batches, over all ranks, that feed it.
 
     Aggregations divide by these, never by local counts: a gradient does not depend on how the work is split.
     """
@@ -57,7 +57,7 @@ PER_TOKEN = (
 class RolloutBatch:
     """S scored completions of P prompts, packed. Axes: T model tokens, N loss tokens, S completions.
 
-    Built by `pack`; cut by `windows` (whole groups, own totals) and `split` (micro-batches of one window).
+    Built by `pack`; cut by `optimizer_steps` (whole groups, own normalizers) and `split` (micro-batches).
     """
 
     input_ids: Tensor  # [T] int64; a prompt stands once, its completions follow it
@@ -69,7 +69,7 @@ class RolloutBatch:
     group_ids: Tensor  # [S] int64 in [0, P), sorted
     rewards: Tensor  # [S] float32; NaN where no reward applies
     advantages: Tensor  # [N] float32; equal within a completion unless `token_advantages`
-    group_tokens: Tensor  # [P] int64; loss tokens of each group in the whole window
+    group_tokens: Tensor  # [P] int64; loss tokens of each group in the whole optimizer step
     sample_weights: Tensor | None = None  # [S] float32; completions it stands for in metrics; None: all 1
     sampler_logprobs: Tensor | None = None  # [N] nats, the engine's policy; over its kept set if `truncation`
     old_logprobs: Tensor | None = (
@@ -77,11 +77,11 @@ class RolloutBatch:
     )
     ref_logprobs: Tensor | None = None  # [N] nats, the reference policy
     old_entropies: Tensor | None = None  # [N] nats, the policy before the first update
-    selected: Tensor | None = None  # [N] bool, the window's covariance selection
-    entropy_keep: Tensor | None = None  # [N] bool, the window's tokens of high entropy
+    selected: Tensor | None = None  # [N] bool, the optimizer step's covariance selection
+    entropy_keep: Tensor | None = None  # [N] bool, the optimizer step's tokens of high entropy
     sequence_layout: SequenceLayout  # on the host, so that layouts need no device synchronisation
     policy_versions: tuple[int, ...]  # S; optimizer steps before the policy that sampled each completion
-    totals: LossTotals
+    normalizers: Normalizers
     temperature: float
     token_advantages: bool = False
     """whether advantages may differ within a completion, which losses of whole completions refuse"""
@@ -104,7 +104,7 @@ class RolloutBatch:
         mask_truncated: bool = False,
         micro_batches: int = 1,
     ) -> "RolloutBatch":
-        """Returns the packed form of S completions of P prompts, as one window of one rank.
+        """Returns the packed form of S completions of P prompts, as one optimizer step of one rank.
 
         Args:
             prompt_ids: P lists of token ids.
@@ -120,45 +120,27 @@ class RolloutBatch:
         Raises:
             ValueError: `group_ids` is not sorted, or sizes differ.
         """
-        groups = list(group_ids)
-        if groups != sorted(groups) or len(groups) != len(completions) or len(advantages) != len(groups):
-            raise ValueError("group_ids must be sorted, with one group and one advantage per completion")
-        versions = [policy_versions] * len(groups) if isinstance(policy_versions, int) else policy_versions
-        masked = [mask_truncated and c.finish_reason == "length" for c in completions]
-        layout = SequenceLayout(
-            prompt_lengths=tuple(len(ids) for ids in prompt_ids),
-            loss_positions=tuple(
-                () if out else loss_positions(c) for c, out in zip(completions, masked, strict=True)
-            ),
-            host_groups=tuple(groups),
-        )
-        index, lengths = layout.index_tensors(), layout.lengths
-        members = members_of(groups, len(prompt_ids))
-        group_tokens = torch.tensor([sum(lengths[s] for s in m) for m in members], dtype=torch.int64)
-        trained = list(zip(completions, layout.loss_positions, strict=True))
-        per_token = not isinstance(advantages, Tensor)
+        if len(advantages) != len(completions):
+            raise ValueError(f"{len(completions)} completions have {len(advantages)} advantages")
+        layout = layout_of(prompt_ids, completions, group_ids, mask_truncated)
+        index, n = layout.index_tensors(), len(completions)
+        group_tokens = torch.tensor(layout.group_tokens, dtype=torch.int64)
+        counts = {"tokens": sum(layout.lengths), "groups": int((group_tokens > 0).sum()), "sequences": n}
+        versions = (policy_versions,) * n if isinstance(policy_versions, int) else tuple(policy_versions)
+        ids = layout.input_ids(prompt_ids, [c.token_ids for c in completions])
+        targets = loss_tokens([c.token_ids for c in completions], layout)
         return cls(
-            input_ids=torch.tensor(
-                layout.input_ids(prompt_ids, [c.token_ids for c in completions]), dtype=torch.int64
-            ),
-            target_ids=torch.tensor([c.token_ids[i] for c, at in trained for i in at], dtype=torch.int64),
-            group_ids=torch.tensor(groups, dtype=torch.int64),
-            rewards=torch.zeros(len(groups)) if rewards is None else rewards.float(),
-            advantages=token_advantages(advantages, completions, layout)
-            if per_token
-            else advantages.float()[index["sequence_ids"]],
-            token_advantages=per_token,
-            policy_versions=tuple(versions),
+            input_ids=torch.tensor(ids, dtype=torch.int64),
+            target_ids=torch.tensor(targets, dtype=torch.int64),
+            group_ids=torch.tensor(layout.host_groups, dtype=torch.int64),
+            rewards=torch.zeros(n) if rewards is None else rewards.float(),
+            advantages=by_token(advantages, completions, layout, index["sequence_ids"]),
+            token_advantages=not isinstance(advantages, Tensor),
+            policy_versions=versions,
             group_tokens=group_tokens,
-            sampler_logprobs=sampler_logprobs(trained),
+            sampler_logprobs=sampler_logprobs(completions, layout),
             sequence_layout=layout,
-            totals=LossTotals(
-                tokens=sum(lengths),
-                sequences=len(lengths),
-                groups=int((group_tokens > 0).sum()),
-                max_tokens=max_tokens,
-                micro_batches=micro_batches,
-            ),
+            normalizers=Normalizers(**counts, max_tokens=max_tokens, micro_batches=micro_batches),
             temperature=temperature,
             truncation=truncation,
             **index,
@@ -208,7 +190,7 @@ class RolloutBatch:
         return replace(self, **moved)
 
     def take(self, sequences: Sequence[int]) -> "RolloutBatch":
-        """Returns the completions `sequences` (sorted) and their prompts; totals stay the window's."""
+        """Returns the completions `sequences` (sorted) and their prompts; the normalizers stay."""
         if len(sequences) == len(self.host_groups) and len(set(self.host_groups)) == len(self.prompt_lengths):
             return self
         selection, layout = self.sequence_layout.select(sequences), self.sequence_layout.take(sequences)
@@ -240,25 +222,31 @@ class RolloutBatch:
         """Returns exactly `m` micro-batches, the heaviest as light as can be; some may be empty."""
         return [self.take(part) for part in self.sequence_layout.split(m, whole_groups=whole_groups)]
 
-    def windows(self, u: int) -> list["RolloutBatch"]:
-        """Returns `u` windows of whole groups, each with the counts of this rank."""
+    def optimizer_steps(self, u: int) -> list["RolloutBatch"]:
+        """Returns the batches of `u` optimizer steps, of whole groups, each with the counts of this rank."""
         out = []
         for w in self.split(u, whole_groups=True):
-            totals = replace(
-                self.totals,
+            normalizers = replace(
+                self.normalizers,
                 tokens=sum(w.lengths),
                 sequences=len(w.lengths),
                 groups=int((w.group_tokens > 0).sum()),
             )
-            out.append(replace(w, totals=totals))
+            out.append(replace(w, normalizers=normalizers))
         return out
 
-    def all_reduce_totals(self, all_sum: Callable[[Tensor], Tensor], micro_batches: int) -> "RolloutBatch":
-        """Returns the window with the counts of all ranks; `all_sum` adds an int64 vector over ranks."""
+    def all_reduce_normalizers(
+        self, all_sum: Callable[[Tensor], Tensor], micro_batches: int
+    ) -> "RolloutBatch":
+        """Returns the batch with the counts of all ranks; `all_sum` adds an int64 vector over ranks."""
         names = ("tokens", "sequences", "groups", "empty_micro_batches")
-        sums = all_sum(torch.tensor([getattr(self.totals, n) for n in names], dtype=torch.int64)).tolist()
-        totals = replace(self.totals, **dict(zip(names, sums, strict=True)), micro_batches=micro_batches)
-        return replace(self, totals=totals)
+        sums = all_sum(
+            torch.tensor([getattr(self.normalizers, n) for n in names], dtype=torch.int64)
+        ).tolist()
+        normalizers = replace(
+            self.normalizers, **dict(zip(names, sums, strict=True)), micro_batches=micro_batches
+        )
+        return replace(self, normalizers=normalizers)
 
     def unshared(self) -> "RolloutBatch":
         """Returns the batch with a copy of its prompt before every completion, for a forward.
@@ -315,6 +303,6 @@ class RolloutBatch:
         return set(range(len(self.prompt_lengths))) - alive
 
     def without_groups(self, groups: Collection[int]) -> "RolloutBatch":
-        """Returns the batch less `groups`; their tokens stay in the totals."""
+        """Returns the batch less `groups`; their tokens stay in the normalizers."""
         keep = [s for s, g in enumerate(self.host_groups) if g not in groups]
         return self if len(keep) == len(self.lengths) else self.take(keep)

@@ -57,6 +57,14 @@ class SequenceLayout:
         return out
 
     @property
+    def group_tokens(self) -> list[int]:
+        """P; loss tokens of each group."""
+        out = [0] * len(self.prompt_lengths)
+        for g, own in zip(self.host_groups, self.lengths, strict=True):
+            out[g] += own
+        return out
+
+    @property
     def num_tokens(self) -> int:
         """T: rows that go through the model."""
         return sum(self.group_rows)
@@ -106,9 +114,9 @@ class SequenceLayout:
         return Selection(groups, rows, tokens)
 
     def split(self, m: int, *, whole_groups: bool = False) -> list[list[int]]:
-        """Returns the completions of exactly `m` parts, the heaviest as light as can be; some may be empty.
+        """Returns the completions of `m` micro-batches, the heaviest as light as can be; some may be empty.
 
-        The cost of a part is its T. Completions stay whole and in order; with `whole_groups`, so do groups.
+        The cost of one is its T. Completions stay whole and in order; with `whole_groups`, so do groups.
         """
         units = runs(self.host_groups) if whole_groups else [[s] for s in range(len(self.host_groups))]
         return balance(units, self.host_groups, self.rows, self.prompt_lengths, m)
@@ -183,10 +191,10 @@ def balance(
 ) -> list[list[int]]:
     """Returns `m` runs of neighbouring units whose largest T is as small as it can be.
 
-    A prompt costs once in every part that touches its group. Bisects the capacity that a greedy fill needs.
+    A prompt costs once in every run that touches its group. Bisects the capacity that a greedy fill needs.
     """
     if m < 1:
-        raise ConfigError(f"a rollout is split into {m} parts; it must be at least 1")
+        raise ConfigError(f"a rollout is split into {m} micro-batches; it must be at least 1")
 
     heights = [sum(rows[s] for s in unit) for unit in units]
 

@@ -168,7 +168,7 @@ def rollout_stats(
     """
     stats = {
         "rollout/policy_lag": mean_of(map(float, lags)),
-        "rollout/window_tokens": reduced("max", float(rollout.totals.tokens)),
+        "rollout/step_tokens": reduced("max", float(rollout.normalizers.tokens)),
         "rollout/loss_tokens": reduced("sum", float(sum(rollout.lengths))),
         BAD_LOGPROBS: reduced("sum", (~logprobs.isfinite()).sum()),
     }
@@ -201,20 +201,20 @@ def engine_distance(rollout: RolloutBatch, gap: Tensor) -> dict[str, Stat]:
     }
 
 
-def check_totals(metrics: Mapping[str, float], step: int) -> None:
-    """Raises ConfigError if the micro-batches of an optimizer step hold more tokens than their totals say.
+def check_normalizers(metrics: Mapping[str, float], step: int) -> None:
+    """Raises ConfigError if the micro-batches of an optimizer step hold more tokens than `normalizers` says.
 
     Args:
         metrics: what the loss of the step logged, all micro-batches and ranks together.
         step: the optimizer step.
     """
-    held, counted = metrics["rollout/loss_tokens"], metrics["rollout/window_tokens"]
+    held, counted = metrics["rollout/loss_tokens"], metrics["rollout/step_tokens"]
     if held > counted:
         raise ConfigError(
             f"the micro-batches of optimizer step {step} hold {held:.0f} tokens, but "
-            f"RolloutBatch.totals.tokens is {counted:.0f}; it must count all of them, over all ranks. "
-            "Pack the optimizer step as one RolloutBatch (totals of several ranks: all_reduce_totals), cut "
-            "it with split(accumulate_grad_batches), and feed its parts in order, not shuffled"
+            f"RolloutBatch.normalizers.tokens is {counted:.0f}; it must count all of them, over all ranks. "
+            "Pack the step as one RolloutBatch (of several ranks: all_reduce_normalizers), cut it with "
+            "split(accumulate_grad_batches), and feed its micro-batches in order, not shuffled"
         )
 
 

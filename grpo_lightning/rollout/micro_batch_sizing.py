@@ -162,21 +162,21 @@ class MicroBatchSizer:
         return max(gather(next(fitting, self.most)))
 
     def _peak(self, shape: SequenceLayout, n: int, whole_groups: bool) -> float:
-        parts = [shape.take(part) for part in shape.split(n, whole_groups=whole_groups) if part]
-        bounds = [self.estimate.predict(self.policy.sizes(part)) for part in parts]
+        layouts = [shape.take(own) for own in shape.split(n, whole_groups=whole_groups) if own]
+        bounds = [self.estimate.predict(self.policy.sizes(layout)) for layout in layouts]
         return max((float("inf") if b is None else b for b in bounds), default=0.0)
 
-    def begin(self, part: RolloutBatch) -> None:
-        """Says that `part` is about to train."""
+    def begin(self, micro_batch: RolloutBatch) -> None:
+        """Says that `micro_batch` is about to train."""
         self._running = None
-        if self.meter is None or not any(part.lengths):
+        if self.meter is None or not any(micro_batch.lengths):
             return
-        self._running = sizes = self.policy.sizes(part.sequence_layout)
+        self._running = sizes = self.policy.sizes(micro_batch.sequence_layout)
         self._note("predicted", self.estimate.predict(sizes))
         self.meter.begin()
 
     def end(self) -> None:
-        """Says that the backward of the part is done."""
+        """Says that the backward of the micro-batch is done."""
         if self.meter is None or self._running is None:
             return
         needed = self.meter.needed()
@@ -195,10 +195,10 @@ class MicroBatchSizer:
         return found
 
 
-def cut(window: RolloutBatch, n: int, most: int, *, whole_groups: bool) -> list[RolloutBatch]:
+def cut(step: RolloutBatch, n: int, most: int, *, whole_groups: bool) -> list[RolloutBatch]:
     """Returns `most` micro-batches of which at most `n` hold tokens.
 
     The others come first: gradients are there, and counted, when the first one runs, and reductions over
     ranks overlap with the backward of the last.
     """
-    return [window.take([])] * (most - n) + window.split(n, whole_groups=whole_groups)
+    return [step.take([])] * (most - n) + step.split(n, whole_groups=whole_groups)

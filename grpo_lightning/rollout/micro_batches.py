@@ -1,4 +1,4 @@
-"""From a rollout to the micro-batches that train: penalties, windows, passes without gradient, selections."""
+"""From a rollout to the micro-batches that train: penalties, optimizer steps, scoring, selections."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -57,13 +57,13 @@ def make_micro_batches(
     if _drops(splitting, module.loss):
         batch = whole.without_groups(rollout.rewards.zero_variance_groups(collector.advantage))
     several = splitting.updates_per_rollout * splitting.num_iterations > 1
-    parts = [
-        part
-        for window in batch.windows(splitting.updates_per_rollout)
-        for part in _micro_batches(window, several, splitting, trainer, module)
+    micro_batches = [
+        micro_batch
+        for step in batch.optimizer_steps(splitting.updates_per_rollout)
+        for micro_batch in _micro_batches(step, several, splitting, trainer, module)
     ]
-    raise_together(_unsound(parts, module.loss))
-    return parts, len(whole.prompt_lengths) - len(batch.prompt_lengths)
+    raise_together(_unsound(micro_batches, module.loss))
+    return micro_batches, len(whole.prompt_lengths) - len(batch.prompt_lengths)
 
 
 def _with_kl_in_reward(
@@ -74,15 +74,15 @@ def _with_kl_in_reward(
     if not loss.kl_coef or loss.kl_in != "reward":
         return rollout.batch
     with profiled(trainer, "score"):
-        parts = rollout.batch.split(trainer.accumulate_grad_batches)
-        scored = [module.score(p.to(module.device), old=True).to("cpu") for p in parts]
+        micro_batches = rollout.batch.split(trainer.accumulate_grad_batches)
+        scored = [module.score(p.to(module.device), old=True).to("cpu") for p in micro_batches]
     gap = torch.cat([reference_gap(p) for p in scored])
     reference = torch.cat([require(p.ref_logprobs) for p in scored])
     batch = collector.penalised(rollout, module.coefficients.kl * gap)
     return replace(batch, ref_logprobs=reference)
 
 
-def _unsound(parts: Sequence[RolloutBatch], loss: LossConfig) -> GRPOError | None:
+def _unsound(micro_batches: Sequence[RolloutBatch], loss: LossConfig) -> GRPOError | None:
     """Returns the error of numbers that were scored before training and are not finite, or None."""
     scored = {
         "log-probabilities of the policy": "old_logprobs",
@@ -90,7 +90,7 @@ def _unsound(parts: Sequence[RolloutBatch], loss: LossConfig) -> GRPOError | Non
         **({"entropies of the policy": "old_entropies"} if loss.top_entropy_quantile < 1 else {}),
     }
     for name, field in scored.items():
-        known = [x for x in (getattr(part, field) for part in parts) if x is not None]
+        known = [x for x in (getattr(micro_batch, field) for micro_batch in micro_batches) if x is not None]
         if not all(bool(x.isfinite().all()) for x in known):
             return GRPOError(
                 f"the {name}, taken of a rollout before it trains, are not finite: weights are ruined, or a "
@@ -106,7 +106,7 @@ def _drops(splitting: Splitting, loss: LossConfig) -> bool:
 
 
 def _micro_batches(
-    window: RolloutBatch,
+    step: RolloutBatch,
     several: bool,
     splitting: Splitting,
     trainer: pl.Trainer,
@@ -115,55 +115,57 @@ def _micro_batches(
     """Returns the micro-batches of one optimizer step, scored where the policy moves before they train."""
     loss: LossConfig = module.loss
     seed = splitting.seed
-    parts = _cut(window, splitting.sizer, trainer.world_size, loss, seed)
+    micro_batches = _cut(step, splitting.sizer, trainer.world_size, loss, seed)
     # The engine's numbers stand for the old ones, once they are over the whole vocabulary.
-    bypassed = loss.correction.bypass and window.sampler_logprobs is not None and window.truncation is None
+    bypassed = loss.correction.bypass and step.sampler_logprobs is not None and step.truncation is None
     old = (several and not bypassed) or loss.needs_old_pass
     if not old and not loss.kl_loss_coef:
-        return parts
+        return micro_batches
     with profiled(trainer, "score"):
-        parts = [module.score(part.to(module.device), old=old).to("cpu") for part in parts]
+        micro_batches = [
+            module.score(micro_batch.to(module.device), old=old).to("cpu") for micro_batch in micro_batches
+        ]
     if not loss.needs_old_pass:
-        return parts
-    return choose_tokens(parts, loss, seed=seed, gather=gather, rank=trainer.global_rank)
+        return micro_batches
+    return choose_tokens(micro_batches, loss, seed=seed, gather=gather, rank=trainer.global_rank)
 
 
 def _cut(
-    window: RolloutBatch, sizer: MicroBatchSizer, ranks: int, loss: LossConfig, seed: int
+    step: RolloutBatch, sizer: MicroBatchSizer, ranks: int, loss: LossConfig, seed: int
 ) -> list[RolloutBatch]:
     """Returns the micro-batches of one optimizer step with the counts of all of them, over all ranks."""
-    living, whole = window, loss.surrogate_row.whole_groups
+    living, whole = step, loss.surrogate_row.whole_groups
     if loss.zero_variance_groups_have_no_gradient and not loss.needs_old_pass:
-        living = with_fair_sample(window, seed)
+        living = with_fair_sample(step, seed)
     n = sizer.count(living.sequence_layout, whole_groups=whole)
-    parts = cut(living, n, sizer.most, whole_groups=whole)
-    empty = sum(not any(p.lengths) for p in parts)
-    counted = replace(window, totals=replace(window.totals, empty_micro_batches=empty))
-    totals = counted.all_reduce_totals(all_sum, micro_batches=sizer.most * ranks).totals
-    return [replace(p, totals=totals) for p in parts]
+    micro_batches = cut(living, n, sizer.most, whole_groups=whole)
+    empty = sum(not any(p.lengths) for p in micro_batches)
+    counted = replace(step, normalizers=replace(step.normalizers, empty_micro_batches=empty))
+    normalizers = counted.all_reduce_normalizers(all_sum, micro_batches=sizer.most * ranks).normalizers
+    return [replace(p, normalizers=normalizers) for p in micro_batches]
 
 
-def with_fair_sample(window: RolloutBatch, seed: int) -> RolloutBatch:
+def with_fair_sample(step: RolloutBatch, seed: int) -> RolloutBatch:
     """Returns the completions that train, and a random sample of those whose groups have zero variance.
 
     The latter have gradients of exactly 0; they run because metrics cover all sampled tokens. All of them
     stay if they are few. The choice is a function of the seed and the policy's version.
 
     Args:
-        window: of one optimizer step and rank.
+        step: of one optimizer step and rank.
         seed: of the run.
     """
-    still = window.zero_variance_groups()
-    sizes = [n if g in still else 0 for n, g in zip(window.lengths, window.host_groups, strict=True)]
-    total, trained = sum(sizes), sum(g not in still for g in window.host_groups)
+    still = step.zero_variance_groups()
+    sizes = [n if g in still else 0 for n, g in zip(step.lengths, step.host_groups, strict=True)]
+    total, trained = sum(sizes), sum(g not in still for g in step.host_groups)
     if not total:
-        return window.without_groups(still)
+        return step.without_groups(still)
     expected = sum(n * n for n in sizes) / total  # tokens of a completion drawn in proportion to its tokens
     draws = max(FEWEST, min(COMPLETIONS - trained, int(SAMPLED_TOKENS / expected)))
     weights = [1.0 if n else 0.0 for n in sizes]
     if draws < sum(weights):
-        (u,) = uniforms([seed], window.newest_version)
+        (u,) = uniforms([seed], step.newest_version)
         weights = sampling_weights(sizes, draws, u)
-    kept = [w if g in still else 1.0 for w, g in zip(weights, window.host_groups, strict=True)]
-    sample = replace(window, sample_weights=torch.tensor(kept))
+    kept = [w if g in still else 1.0 for w, g in zip(weights, step.host_groups, strict=True)]
+    sample = replace(step, sample_weights=torch.tensor(kept))
     return sample.take([s for s, w in enumerate(kept) if w])

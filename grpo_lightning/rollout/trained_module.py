@@ -22,15 +22,15 @@ class TrainsOnRollouts(Protocol):
         device: of Lightning.
         loss: what decides which groups are dropped, which advantages are made, and what is scored before.
         coefficients: of the KL term in the reward.
-        window_stats: of the last optimizer step, over all ranks; `sampling/kl_engine_trainer` is read.
-        window_gaps: by micro-batch of that step, of `policy.verification.engine_gap` or None.
+        step_stats: of the last optimizer step, over all ranks; `sampling/kl_engine_trainer` is read.
+        step_gaps: by micro-batch of that step, of `policy.verification.engine_gap` or None.
     """
 
     policy: Policy
     loss: LossConfig
     coefficients: Coefficients
-    window_stats: Mapping[str, Stat]
-    window_gaps: list[Tensor | None]
+    step_stats: Mapping[str, Stat]
+    step_gaps: list[Tensor | None]
 
     @property
     def model_path(self) -> str: ...

@@ -111,7 +111,7 @@ def rollouts():
     for seed in range(2):
         batch = random_rollout(prompts=4, seed=seed)
         old = -5 + torch.randn(len(batch.target_ids), generator=torch.Generator().manual_seed(seed))
-        yield replace(batch, old_logprobs=old).all_reduce_totals(lambda x: x, micro_batches=1)
+        yield replace(batch, old_logprobs=old).all_reduce_normalizers(lambda x: x, micro_batches=1)
 
 
 if __name__ == "__main__":

@@ -78,7 +78,7 @@ def test_rows_and_targets():
     assert b.lengths == (4, 3)
     assert b.sampler_logprobs.tolist() == [-1, -2, -3, -4, -1.5, -2.5, -3.5]
     assert b.advantages.tolist() == [1, 1, 1, 1, 2, 2, 2]
-    assert (b.totals.tokens, b.group_tokens.tolist()) == (7, [7])
+    assert (b.normalizers.tokens, b.group_tokens.tolist()) == (7, [7])
 
 
 @pytest.mark.parametrize(("shared", "padded"), [("on", False), ("off", False), ("auto", True)])

@@ -179,7 +179,7 @@ def test_the_first_pass_has_ratio_one_bit_for_bit(model_folder, tmp_path):
     rows = [r for r in rows_of(tmp_path) if r["loss"]]
     assert [r["ratio/first_pass_max_error"] for r in rows] == ["0.0", "", "0.0", ""]
     assert [float(r["rollout/policy_lag"]) for r in rows] == [0.0, 1.0, 0.0, 1.0]
-    assert all(float(r["rollout/window_tokens"]) > 0 for r in rows)
+    assert all(float(r["rollout/step_tokens"]) > 0 for r in rows)
 
 
 def test_an_error_of_the_first_pass_would_show(model_folder):

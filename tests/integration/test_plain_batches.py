@@ -43,7 +43,7 @@ def step(seed=0):
     whole = random_rollout(prompts=4, seed=seed)
     known = -5 + torch.randn(len(whole.target_ids), generator=torch.Generator().manual_seed(seed))
     whole = replace(whole, old_logprobs=known)
-    return whole.all_reduce_totals(lambda x: x, micro_batches=1)
+    return whole.all_reduce_normalizers(lambda x: x, micro_batches=1)
 
 
 def furthest(a, b):
@@ -97,7 +97,7 @@ def test_bnpo_is_the_mean_of_its_micro_batches(model_folder, tmp_path):
 def test_batches_that_count_only_themselves_are_refused(model_folder, tmp_path):
     """Each packed by itself: accumulated, the sum of their means would be twice the gradient."""
     parts = [random_rollout(seed=i) for i in range(2)]
-    held = sum(p.totals.tokens for p in parts)
-    most = max(p.totals.tokens for p in parts)
+    held = sum(p.normalizers.tokens for p in parts)
+    most = max(p.normalizers.tokens for p in parts)
     with pytest.raises(ConfigError, match=rf"hold {held} tokens, .*tokens is {most}; .*split"):
         gradients(model_folder, tmp_path, parts, accumulate_grad_batches=2)

@@ -49,7 +49,7 @@ def test_counts_are_exact_in_bf16(model_folder, tmp_path):
     r = rollout(num_generations=16)
     trainer(tmp_path, r, max_steps=1, precision="bf16-true").fit(m, data())
     row = next(r for r in rows_of(tmp_path) if r["loss"])
-    tokens = float(row["rollout/window_tokens"])
+    tokens = float(row["rollout/step_tokens"])
     assert tokens == round(64 * float(row["completions/mean_length"]))
     assert tokens > 256
 

@@ -22,7 +22,7 @@ class BestOfGroup(PolicyModule):
         )
         self.loss = LossConfig("grpo").resolve()
         self.coefficients = Coefficients(self.loss)
-        self.window_stats, self.window_gaps = {}, []
+        self.step_stats, self.step_gaps = {}, []
 
     def score(self, batch, *, old):
         return batch

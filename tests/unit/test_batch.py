@@ -29,7 +29,7 @@ def test_pack_lays_a_prompt_once_and_drops_last_tokens():
     assert b.target_ids.tolist() == [10, 11, 9, 12, 9, 9]
     assert b.sequence_ids.tolist() == [0, 0, 0, 1, 1, 2]
     assert b.group_tokens.tolist() == [5, 1]
-    assert (b.totals.tokens, b.totals.sequences, b.totals.groups) == (6, 4, 2)
+    assert (b.normalizers.tokens, b.normalizers.sequences, b.normalizers.groups) == (6, 4, 2)
     assert b.num_tokens == len(b.input_ids)
 
 
@@ -44,8 +44,8 @@ def test_truncated_completions_keep_their_place_but_no_token():
         mask_truncated=True,
     )
     assert b.lengths == (2, 0)
-    assert b.totals.sequences == 2
-    assert b.totals.tokens == 2
+    assert b.normalizers.sequences == 2
+    assert b.normalizers.tokens == 2
     assert b.sampler_logprobs is not None
     assert b.sampler_logprobs.tolist() == [-1, -2]
 
@@ -65,7 +65,7 @@ def test_split_keeps_every_token_once(m, whole_groups):
     assert torch.cat([p.target_ids for p in parts]).tolist() == b.target_ids.tolist()
     assert torch.cat([p.advantages for p in parts]).tolist() == b.advantages.tolist()
     assert torch.cat([p.sampler_logprobs for p in parts]).numel() == b.target_ids.numel()
-    assert all(p.totals == b.totals for p in parts)
+    assert all(p.normalizers == b.normalizers for p in parts)
     for p in parts:
         assert p.num_tokens == len(p.input_ids)
         # what predicts a token is the token before it, in the part as in the whole
@@ -89,13 +89,13 @@ def test_a_split_group_takes_its_prompt_along():
 
 def test_windows_have_whole_groups_and_their_own_counts():
     b = random_rollout(prompts=5, group=3)
-    windows = b.windows(2)
-    assert sum(w.totals.tokens for w in windows) == b.totals.tokens
-    assert sum(w.totals.sequences for w in windows) == b.totals.sequences
+    windows = b.optimizer_steps(2)
+    assert sum(w.normalizers.tokens for w in windows) == b.normalizers.tokens
+    assert sum(w.normalizers.sequences for w in windows) == b.normalizers.sequences
     for w in windows:
         counts = torch.bincount(w.group_ids)
         assert counts.tolist() == [3] * len(counts)
-        assert int(w.group_tokens.sum()) == w.totals.tokens
+        assert int(w.group_tokens.sum()) == w.normalizers.tokens
 
 
 def test_dead_groups_leave_but_still_count():
@@ -109,7 +109,7 @@ def test_dead_groups_leave_but_still_count():
     )
     alive = b.without_groups(b.zero_variance_groups())
     assert alive.lengths == (2, 2)
-    assert alive.totals == b.totals
+    assert alive.normalizers == b.normalizers
 
 
 def test_unshared_copies_prompts_and_keeps_tokens():
@@ -127,9 +127,9 @@ def test_unshared_copies_prompts_and_keeps_tokens():
 
 def test_totals_add_over_ranks():
     b = random_rollout()
-    both = b.all_reduce_totals(lambda x: x * 2, micro_batches=6)
-    assert both.totals.tokens == 2 * b.totals.tokens
-    assert both.totals.micro_batches == 6
+    both = b.all_reduce_normalizers(lambda x: x * 2, micro_batches=6)
+    assert both.normalizers.tokens == 2 * b.normalizers.tokens
+    assert both.normalizers.micro_batches == 6
 
 
 def test_to_moves_every_tensor():

@@ -37,7 +37,7 @@ def test_it_works_without_a_trainer():
     first, second = module.train_dataloader()
     assert len({*first.uids, *second.uids}) == 8
     assert first.columns == {"answer": first.uids}
-    assert first.parts == 1
+    assert first.micro_batches == 1
     assert module.val_dataloader() == []
     assert module.test_dataloader() == []
     module.setup("predict")
@@ -211,7 +211,7 @@ class Module(pl.LightningModule):
         self.validated = []
 
     def training_step(self, batch, batch_idx):
-        self.seen.append((batch.rollout_index, batch.part, tuple(batch.uids)))
+        self.seen.append((batch.rollout_index, batch.micro_batch, tuple(batch.uids)))
         return (self.weight * sum(batch.uids) - 1).square().sum()
 
     def validation_step(self, batch, batch_idx):
@@ -222,14 +222,14 @@ class Module(pl.LightningModule):
 
 
 class Parts(pl.Callback):
-    def __init__(self, parts):
-        self.parts = parts
+    def __init__(self, micro_batches):
+        self.micro_batches = micro_batches
 
     def micro_batches_per_rollout(self, trainer):
-        return self.parts
+        return self.micro_batches
 
 
-def fit(module=None, parts=1, saver=None, ckpt_path=None, datamodule=None, **options):
+def fit(module=None, micro_batches=1, saver=None, ckpt_path=None, datamodule=None, **options):
     module = module or Module()
     trainer = pl.Trainer(
         accelerator="cpu",
@@ -237,7 +237,7 @@ def fit(module=None, parts=1, saver=None, ckpt_path=None, datamodule=None, **opt
         enable_progress_bar=False,
         enable_model_summary=False,
         enable_checkpointing=saver is not None,
-        callbacks=[Parts(parts), *([saver] if saver else [])],
+        callbacks=[Parts(micro_batches), *([saver] if saver else [])],
         num_sanity_val_steps=0,
         **options,
     )
@@ -250,18 +250,20 @@ SAVES = {"step": {"every_n_train_steps": 1}, "epoch": {"every_n_epochs": 1}}
 
 @pytest.mark.parametrize("limit", [{"max_epochs": 3}, {"max_steps": 7}], ids=str)
 @pytest.mark.parametrize("accumulate", [1, 2])
-@pytest.mark.parametrize("parts", [1, 4])
+@pytest.mark.parametrize("micro_batches", [1, 4])
 @pytest.mark.parametrize("save", SAVES)
 @pytest.mark.parametrize("cut", [{}, {"limit_train_batches": 3}], ids=str)
-def test_a_run_resumed_at_any_checkpoint_sees_the_same_prompts(tmp_path, limit, accumulate, parts, save, cut):
-    options = {**limit, **cut, "parts": parts, "accumulate_grad_batches": accumulate}
+def test_a_run_resumed_at_any_checkpoint_sees_the_same_prompts(
+    tmp_path, limit, accumulate, micro_batches, save, cut
+):
+    options = {**limit, **cut, "micro_batches": micro_batches, "accumulate_grad_batches": accumulate}
     saver = ModelCheckpoint(tmp_path, filename="{step}", save_top_k=-1, **SAVES[save])
     full, _ = fit(saver=saver, **options)
     paths = list(tmp_path.iterdir())
     assert paths
     for path in paths:
         state = torch.load(path, weights_only=True)["PromptDataModule"]["train_loader"]
-        done = (state["epoch"] * 2 + state["position"] // 4) * parts + state["part"]
+        done = (state["epoch"] * 2 + state["position"] // 4) * micro_batches + state["part"]
         resumed, _ = fit(ckpt_path=str(path), **options)
         assert resumed.seen == full.seen[done:]
         assert torch.equal(resumed.weight, full.weight)
@@ -309,8 +311,8 @@ def test_trainer_flags_that_upset_the_order_are_refused(flag):
 
 
 def test_low_precision_leaves_prompts_as_they_are():
-    module, _ = fit(max_steps=1, precision="bf16-true", parts=2)
-    assert module.seen == fit(max_steps=1, parts=2)[0].seen
+    module, _ = fit(max_steps=1, precision="bf16-true", micro_batches=2)
+    assert module.seen == fit(max_steps=1, micro_batches=2)[0].seen
 
 
 def test_a_stream_resumes_under_the_trainer(tmp_path):
@@ -318,11 +320,11 @@ def test_a_stream_resumes_under_the_trainer(tmp_path):
         return data(streaming=True, streaming_length=8, streaming_buffer=5)
 
     saver = ModelCheckpoint(tmp_path, filename="{step}", save_top_k=-1, every_n_train_steps=1)
-    full, _ = fit(max_epochs=3, parts=2, accumulate_grad_batches=1, saver=saver, datamodule=stream())
+    full, _ = fit(max_epochs=3, micro_batches=2, accumulate_grad_batches=1, saver=saver, datamodule=stream())
     assert len(full.seen) == 12
     for path in tmp_path.iterdir():
         done = int(path.stem.removeprefix("step="))
-        resumed, _ = fit(max_epochs=3, parts=2, ckpt_path=str(path), datamodule=stream())
+        resumed, _ = fit(max_epochs=3, micro_batches=2, ckpt_path=str(path), datamodule=stream())
         assert resumed.seen == full.seen[done:]
 
 

@@ -61,16 +61,16 @@ def play(health, sick=lambda i: {}, steps=120, first=0, num_dropped=0):
     trainer = SimpleNamespace(
         global_step=first, train_dataloader=SimpleNamespace(prompts=prompts), callback_metrics={}
     )
-    module = SimpleNamespace(window_metrics={})
+    module = SimpleNamespace(step_metrics={})
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         health.on_train_start(trainer, module)
         for i in range(first, first + steps):
             row = well(i) | sick(i)
             batch = PromptBatch.join([])
-            batch.part, batch.parts = 0, 1
+            batch.micro_batch, batch.micro_batches = 0, 1
             batch.samples = {k: row.pop(k) for k in ("advantage", "completion")}
-            trainer.global_step, module.window_metrics = i + 1, {"rollout/loss_tokens": 900.0}
+            trainer.global_step, module.step_metrics = i + 1, {"rollout/loss_tokens": 900.0}
             trainer.callback_metrics = {"grad_norm": torch.tensor(row.pop("grad_norm"))}
             health.note(i + 1, row)
             health.on_train_batch_end(trainer, module, None, batch, i)

@@ -74,9 +74,9 @@ class Case:
         fields = {n: torch.cat([x[s] for s in order]) for n, x in self.numbers.items()}
         lp = fields.pop("logprobs")
         keep = torch.cat([self.kept[s] for s in order])
-        totals = replace(batch.totals, entropy_tokens=int(keep.sum()))
+        normalizers = replace(batch.normalizers, entropy_tokens=int(keep.sum()))
         selected = torch.cat([self.selected[s] for s in order])
-        return replace(batch, totals=totals, selected=selected, entropy_keep=keep, **fields), lp
+        return replace(batch, normalizers=normalizers, selected=selected, entropy_keep=keep, **fields), lp
 
     def tokens(self, order):
         """Returns where the tokens of `order` stand in the original order."""
@@ -99,7 +99,7 @@ def test_ratio_one_gives_the_gradient_of_reinforce(name, level, seed):
     b, lp = Case(seed).pack()
     config = config_of(name, level, correction=CorrectionConfig(mode="off"))
     b = replace(b, old_logprobs=lp, selected=torch.zeros_like(b.selected))
-    weights = AGGREGATIONS[config.aggregation].weights(Segments.of(b), b.totals)
+    weights = AGGREGATIONS[config.aggregation].weights(Segments.of(b), b.normalizers)
     want = -weights * b.advantages.double()
     torch.testing.assert_close(loss_and_gradient(b, config, lp)[1], want, atol=1e-12, rtol=1e-9)
 

@@ -18,7 +18,7 @@ from grpo_lightning.losses import (
     register_surrogate,
 )
 from grpo_lightning.metrics.reduce import combine, values
-from grpo_lightning.packing.batch import LossTotals, RolloutBatch
+from grpo_lightning.packing.batch import Normalizers, RolloutBatch
 from grpo_lightning.types import Completion
 
 REQUIRED = {"dro": {"dro_coef": 0.1}}
@@ -126,7 +126,7 @@ def test_golden_real():
 
 def test_real_is_a_mean_over_all_groups():
     """The authors' code divides by the questions, not by those with both classes."""
-    b = replace(fixture(), totals=replace(fixture().totals, groups=3))
+    b = replace(fixture(), normalizers=replace(fixture().normalizers, groups=3))
     assert value_and_grad(b, LossConfig("real"))[0] == pytest.approx(1.42224067 / 3, abs=1e-7)
 
 
@@ -263,7 +263,7 @@ def test_golden_off_policy_mask():
 def test_golden_top_entropy():
     keep = torch.tensor([True, False, False, False, True])
     b = fixture(entropy_keep=keep)
-    b = replace(b, totals=replace(b.totals, entropy_tokens=2))
+    b = replace(b, normalizers=replace(b.normalizers, entropy_tokens=2))
     got, g, _ = value_and_grad(b, LossConfig("dapo", top_entropy_quantile=0.4))
     assert got == pytest.approx(-0.075, abs=1e-7)
     close(g, [-0.2, 0, 0, 0, 0.125])
@@ -321,7 +321,7 @@ def test_golden_entropy_bonus():
 
 def test_golden_split_returns_what_lightning_averages():
     """G7: two micro-batches, K = 2."""
-    b = replace(fixture(), totals=replace(fixture().totals, micro_batches=2))
+    b = replace(fixture(), normalizers=replace(fixture().normalizers, micro_batches=2))
     returned = []
     for s, part in enumerate(b.split(2)):
         lp = (OLD + RATIO.log())[:3] if s == 0 else (OLD + RATIO.log())[3:]
@@ -330,7 +330,7 @@ def test_golden_split_returns_what_lightning_averages():
 
 
 def test_golden_bnpo_depends_on_the_split():
-    b = replace(fixture(), totals=replace(fixture().totals, micro_batches=2))
+    b = replace(fixture(), normalizers=replace(fixture().normalizers, micro_batches=2))
     lp = OLD + RATIO.log()
     total = sum(
         policy_loss(x, p, LossConfig("bnpo")).loss.item()
@@ -382,7 +382,7 @@ def test_ratio_one_is_reinforce(name, level):
     g = gradient(b, config, lp)
     from grpo_lightning.losses.completion_sums import Segments
 
-    weights = AGGREGATIONS[str(config.aggregation)].weights(Segments.of(b), b.totals).double()
+    weights = AGGREGATIONS[str(config.aggregation)].weights(Segments.of(b), b.normalizers).double()
     torch.testing.assert_close(g, -weights * b.advantages.double(), atol=1e-12, rtol=1e-6)
 
 
@@ -580,8 +580,8 @@ def test_a_surrogate_of_ones_own_leaves_the_table_alone(tmp_path):
 
 
 def test_loss_totals_do_not_depend_on_local_counts():
-    t = LossTotals(tokens=10, sequences=4, groups=2, max_tokens=4)
-    b = replace(fixture(), totals=t)
+    t = Normalizers(tokens=10, sequences=4, groups=2, max_tokens=4)
+    b = replace(fixture(), normalizers=t)
     assert value_and_grad(b, LossConfig("dapo"))[0] == pytest.approx(-0.351 / 2)
 
 

@@ -184,12 +184,12 @@ def test_empty_micro_batches_do_not_dilute(name):
     lp = -torch.rand(len(b.target_ids), generator=torch.Generator().manual_seed(0))
 
     def loss(most):
-        totals = replace(b.totals, micro_batches=most, empty_micro_batches=most - 2)
+        normalizers = replace(b.normalizers, micro_batches=most, empty_micro_batches=most - 2)
         total, start = 0.0, 0
         for part in [b.take([])] * (most - 2) + b.split(2):
             own = lp[start : start + len(part.target_ids)]
             start += len(own)
-            total += policy_loss(own, replace(part, totals=totals), LossConfig(name)).loss.item()
+            total += policy_loss(own, replace(part, normalizers=normalizers), LossConfig(name)).loss.item()
         return total
 
     assert loss(4) == pytest.approx(loss(2), rel=1e-6)

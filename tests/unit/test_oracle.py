@@ -13,7 +13,7 @@ from grpo_lightning.advantages import ADVANTAGES, RewardTable, compute_advantage
 from grpo_lightning.errors import ConfigError
 from grpo_lightning.losses import RECIPES, SURROGATES, CorrectionConfig, LossConfig, policy_loss
 from grpo_lightning.losses.token_selection import choose_tokens
-from grpo_lightning.packing.batch import LossTotals, RolloutBatch
+from grpo_lightning.packing.batch import Normalizers, RolloutBatch
 from grpo_lightning.types import Completion
 
 OLD = [-1.0, -2.0, -0.5, -1.5, -0.25]
@@ -222,7 +222,7 @@ def batch_of(case):
         ref_logprobs=tensor(case.ref),
         selected=None if case.selected is None else torch.tensor(case.selected),
         entropy_keep=None if case.entropy_keep is None else torch.tensor(case.entropy_keep),
-        totals=LossTotals(
+        normalizers=Normalizers(
             tokens=case.tokens,
             sequences=case.sequences,
             groups=case.group_count,
@@ -453,7 +453,7 @@ def test_choices_of_the_window_agree(turn):
     batch = replace(batch, old_entropies=tensor(H))
     (chosen,) = choose_tokens([batch], LossConfig("dapo", top_entropy_quantile=0.35), **alone)
     assert chosen.entropy_keep.tolist() == oracle.top_entropy(H, 0.35)
-    assert chosen.totals.entropy_tokens == sum(oracle.top_entropy(H, 0.35))
+    assert chosen.normalizers.entropy_tokens == sum(oracle.top_entropy(H, 0.35))
 
 
 # --- advantages

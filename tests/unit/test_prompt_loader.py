@@ -205,12 +205,12 @@ def loader(n=11, **options):
 
 
 def seen(batches):
-    return [(batch.rollout_index, batch.part, tuple(batch.uids)) for batch in batches]
+    return [(batch.rollout_index, batch.micro_batch, tuple(batch.uids)) for batch in batches]
 
 
 def test_each_rollout_is_dealt_in_fresh_batches():
-    first, second, *rest = loader(parts=2)
-    assert (first.part, second.part, first.parts) == (0, 1, 2)
+    first, second, *rest = loader(micro_batches=2)
+    assert (first.micro_batch, second.micro_batch, first.micro_batches) == (0, 1, 2)
     assert first is not second
     assert first.uids == second.uids
     assert first.uids is not second.uids
@@ -268,8 +268,8 @@ def test_fewer_prompts_than_one_rollout_are_refused():
     ):
         loader(3)
     assert len(loader(4)) == 1
-    with pytest.raises(ConfigError, match="in 0 parts"):
-        loader(parts=0)
+    with pytest.raises(ConfigError, match="feeds 0 micro-batches"):
+        loader(micro_batches=0)
 
 
 def saved(state):
@@ -280,23 +280,25 @@ def saved(state):
     return torch.load(file, weights_only=True)
 
 
-@pytest.mark.parametrize("parts", [1, 3])
-def test_any_position_is_taken_up_at_any_world_size(parts):
-    original = loader(parts=parts)
+@pytest.mark.parametrize("micro_batches", [1, 3])
+def test_any_position_is_taken_up_at_any_world_size(micro_batches):
+    original = loader(micro_batches=micro_batches)
     states, batches = [], []
     for _ in range(3):
         for batch in original:
             batches.append(batch)
             states.append(saved(original.state_dict()))
     for index, state in enumerate(states):
-        resumed = [loader(parts=parts, rank=rank, world_size=2) for rank in range(2)]
+        resumed = [loader(micro_batches=micro_batches, rank=rank, world_size=2) for rank in range(2)]
         for rank in resumed:
             rank.load_state_dict(state)
         halves = [[batch for _ in range(3) for batch in rank] for rank in resumed]
         left = batches[index + 1 :]
         uids = [first.uids + second.uids for first, second in zip(*halves, strict=True)]
         assert uids[: len(left)] == [batch.uids for batch in left]
-        assert [batch.part for batch in halves[0]][: len(left)] == [batch.part for batch in left]
+        assert [batch.micro_batch for batch in halves[0]][: len(left)] == [
+            batch.micro_batch for batch in left
+        ]
         assert [batch.rollout_index for batch in halves[0]][: len(left)] == [
             batch.rollout_index for batch in left
         ]
@@ -341,14 +343,14 @@ def test_a_position_in_another_order_is_refused_unless_allowed(changed, says):
 
 
 def test_parts_may_change_between_rollouts_only():
-    original = loader(parts=2)
+    original = loader(micro_batches=2)
     batches = iter(original)
     next(batches)
     amid = original.state_dict()
     next(batches)
-    loader(parts=4).load_state_dict(original.state_dict())
+    loader(micro_batches=4).load_state_dict(original.state_dict())
     with pytest.raises(ConfigError, match=r"amid a rollout with micro-batches per rollout .* 2, now it is 4"):
-        loader(parts=4, allow_changed_data=True).load_state_dict(amid)
+        loader(micro_batches=4, allow_changed_data=True).load_state_dict(amid)
 
 
 def test_a_position_of_another_version_is_refused():
@@ -383,8 +385,10 @@ def stream(rows=None, shards=1, **options):
     return PromptStream(dataset, encoder, **{"length": 6, "buffer_size": 4, **options})
 
 
-def streaming(parts=1, **options):
-    return StreamingPromptLoader(stream(**options), prompts_per_rollout=3, parts=parts, shuffle=True)
+def streaming(micro_batches=1, **options):
+    return StreamingPromptLoader(
+        stream(**options), prompts_per_rollout=3, micro_batches=micro_batches, shuffle=True
+    )
 
 
 def test_a_stream_gives_every_row_once_a_pass_in_an_order_of_its_own():
@@ -399,20 +403,22 @@ def test_a_stream_gives_every_row_once_a_pass_in_an_order_of_its_own():
 
 
 @pytest.mark.parametrize(
-    ("parts", "options"),
+    ("micro_batches", "options"),
     [(1, {}), (2, {}), (2, {"shuffle": False}), (1, {"buffer_size": 100}), (2, {"shards": 5})],
 )
-def test_a_stream_resumes_exactly_from_every_position(parts, options):
-    original = streaming(parts, **options)
+def test_a_stream_resumes_exactly_from_every_position(micro_batches, options):
+    original = streaming(micro_batches, **options)
     states, batches = [original.state_dict()], []
     for _ in range(4):
         for batch in original:
-            batches.append((batch.part, batch.uids, batch.columns["answer"]))
+            batches.append((batch.micro_batch, batch.uids, batch.columns["answer"]))
             states.append(saved(original.state_dict()))
     for index, state in enumerate(states):
-        resumed = streaming(parts, **options)
+        resumed = streaming(micro_batches, **options)
         resumed.load_state_dict(state)
-        again = [(batch.part, batch.uids, batch.columns["answer"]) for _ in range(4) for batch in resumed]
+        again = [
+            (batch.micro_batch, batch.uids, batch.columns["answer"]) for _ in range(4) for batch in resumed
+        ]
         left = batches[index:]
         assert again[: len(left)] == left
 

@@ -42,7 +42,7 @@ def test_any_split_chooses_the_same_tokens(name, m):
     parts = choose_tokens(b.split(m), config, seed=1, gather=lambda x: [x])
     assert 0 < chosen(whole, name).sum() < len(b.target_ids)
     assert torch.equal(chosen(whole, name), chosen(parts, name))
-    assert parts[0].totals == whole[0].totals
+    assert parts[0].normalizers == whole[0].normalizers
 
 
 class Ranks:

@@ -176,7 +176,7 @@ def policy_loss_grad(
 
 def _numbers(batch: RolloutBatch, config: LossConfig, kl_coef: float, entropy_coef: float) -> Numbers:
     low, high = config.clip_range
-    count = batch.totals.tokens if batch.entropy_keep is None else batch.totals.entropy_tokens
+    count = batch.normalizers.tokens if batch.entropy_keep is None else batch.normalizers.entropy_tokens
     own = SURROGATE_RULES[str(config.surrogate)].own(config)
     threshold = config.off_policy_threshold
     return Numbers(
@@ -203,7 +203,7 @@ def _data(logprobs: Tensor, batch: RolloutBatch, config: LossConfig, entropy: Te
     )  # fmt: skip
     return Data(
         *(_plain(x) for x in vectors),
-        weights=_on(aggregation.per_completion(segments, batch.totals).float(), device),
+        weights=_on(aggregation.per_completion(segments, batch.normalizers).float(), device),
         bounds=_on(torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).int(), device),
     )
 
