@@ -107,6 +107,11 @@ class PolicyModule(TrainerSupport, AsksForCheckpoints):
                 f"model.gradient_checkpointing is {self.gradient_checkpointing!r}; "
                 "it must be true, false or offload"
             )
+        if self.reference is not None and not self.uses_reference:
+            raise ConfigError(
+                f"model.reference is set, but {type(self).__name__} compares with no reference policy "
+                "(uses_reference is False); remove model.reference"
+            )
         check_quantization(self.quantization, self.lora)
         if stage == "fit" and self._trainer is not None:
             check_options(self)

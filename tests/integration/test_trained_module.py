@@ -10,16 +10,16 @@ from tiny import tiny_tokenizer
 from grpo_lightning.errors import ConfigError
 from grpo_lightning.losses import Coefficients, LossConfig
 from grpo_lightning.modules.policy_module import PolicyModule
+from grpo_lightning.policy.reference import ReferenceConfig
 from grpo_lightning.rollout.trained_module import check_module
 
 
 class BestOfGroup(PolicyModule):
     """Fine-tunes on completions with a positive advantage: rejection sampling, as in RAFT (2304.06767)."""
 
-    def __init__(self, model_name):
-        super().__init__(
-            model_name, lora={"r": 4}, optimizer=lambda p: torch.optim.AdamW(p, lr=1e-2, weight_decay=0.0)
-        )
+    def __init__(self, model_name, **options):
+        optimizer = lambda p: torch.optim.AdamW(p, lr=1e-2, weight_decay=0.0)  # noqa: E731
+        super().__init__(model_name, lora={"r": 4}, optimizer=optimizer, **options)
         self.loss = LossConfig("grpo").resolve()
         self.coefficients = Coefficients(self.loss)
         self.step_stats, self.step_gaps = {}, []
@@ -93,3 +93,11 @@ def test_the_check_calls_no_property(model_folder):
             raise AssertionError("loaded")
 
     check_module(Lazy(model_folder))
+
+
+def test_a_reference_that_nothing_compares_with_is_refused(model_folder, tmp_path):
+    m = BestOfGroup(model_folder, reference=ReferenceConfig(ema_every=1))
+    with pytest.raises(
+        ConfigError, match=r"model.reference is set, but BestOfGroup .* remove model.reference"
+    ):
+        trainer(tmp_path, rollout()).fit(m, data())

@@ -120,7 +120,7 @@ def test_weights_that_make_a_reward_huge(weights):
 
 
 def test_large_rewards_are_left_alone():
-    assert score([[1e30, -1e30], [None, 1.0]]).normalizers == [1e30, -1e30]
+    assert score([[1e30, -1e30], [None, 1.0]]).totals == [1e30, -1e30]
 
 
 def table(*rewards, **options):
