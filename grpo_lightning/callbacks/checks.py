@@ -5,7 +5,7 @@ import os
 from dataclasses import replace
 from time import perf_counter
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import lightning.pytorch as pl
 import torch
@@ -27,9 +27,6 @@ from grpo_lightning.rollout.trained_module import TrainsOnRollouts, check_module
 from grpo_lightning.types import PromptBatch, SamplingParams
 from grpo_lightning.utils.out_of_memory import explained
 from grpo_lightning.utils.ranges import check_numbers
-
-if TYPE_CHECKING:
-    from grpo_lightning.callbacks.rollout import RolloutCallback
 
 
 def longest_prompt(trainer: pl.Trainer) -> int:
@@ -185,17 +182,37 @@ def check_batch(batch: Any, module: Any) -> None:
         )
 
 
-def check_setup(settings: "RolloutCallback", trainer: pl.Trainer, module: Any, stage: str) -> None:
-    """Raises GRPOError unless options, data, model and folders fit together; before weights are loaded."""
+def check_setup(
+    trainer: pl.Trainer,
+    module: Any,
+    stage: str,
+    sampling: SamplingParams,
+    validation: SamplingParams | None,
+    *,
+    advantage: str | None,
+    rewards: Rewards,
+    micro_batches: int | str,
+) -> None:
+    """Raises GRPOError unless options, data, model and folders fit together; before weights are loaded.
+
+    Args:
+        trainer: of the run.
+        module: its LightningModule.
+        stage: of the Trainer.
+        sampling: of training.
+        validation: sampling of validation; None is greedy with training's lengths.
+        advantage: how rewards become advantages; None takes the recipe's.
+        rewards: the reward functions.
+        micro_batches: `rollout.micro_batches`.
+    """
     check_module(module)
     check_accumulation(trainer)
-    check_micro_batches(settings.micro_batches, trainer.accumulate_grad_batches)
-    check_loss(module.loss, settings.sampling, settings._advantage_of(module.loss))
-    every = {"sampling": settings.sampling, "validation.sampling": settings.validation.sampling}
-    for key, sampling in every.items():
-        if sampling is not None:
-            check_context(trainer, module, f"rollout.{key}", sampling)
-    check_columns(trainer, settings.rewards)
+    check_micro_batches(micro_batches, trainer.accumulate_grad_batches)
+    check_loss(module.loss, sampling, advantage or module.loss.recipe.advantage)
+    check_context(trainer, module, "rollout.sampling", sampling)
+    if validation is not None:
+        check_context(trainer, module, "rollout.validation.sampling", validation)
+    check_columns(trainer, rewards)
     guard_folders(trainer, stage)
 
 

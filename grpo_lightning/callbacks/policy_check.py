@@ -14,7 +14,7 @@
 """
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import lightning.pytorch as pl
 import torch
@@ -27,9 +27,7 @@ from grpo_lightning.errors import ConfigError, EngineError, GRPOError, choices
 from grpo_lightning.metrics.logging import gather, log_numbers
 from grpo_lightning.packing.batch import RolloutBatch
 from grpo_lightning.policy.verification import Distances, distances
-
-if TYPE_CHECKING:
-    from grpo_lightning.callbacks.rollout import RolloutCallback
+from grpo_lightning.rollout.collector import Collector
 
 ACTIONS = ("stop", "warn")
 ENOUGH = 8
@@ -92,7 +90,7 @@ class PolicyCheck:
         self._evidence: list[Distances] = []
         self._said = False
 
-    def before_step(self, settings: "RolloutCallback", trainer: pl.Trainer, module: Any) -> None:
+    def before_step(self, collector: Collector, trainer: pl.Trainer, module: Any) -> None:
         """Judges the engine by the micro-batches of the optimizer step that is about to be taken.
 
         Raises:
@@ -100,14 +98,14 @@ class PolicyCheck:
             GRPOError: the trainer is, so that its kernels are to blame.
         """
         stat = module.step_stats.get("sampling/kl_engine_trainer")
-        engine, policy = settings.engine, module.policy
+        engine, policy = collector.engine, module.policy
         if stat is None or not getattr(engine, "exact", True) or policy.drops_out:
             return
         self._sums += stat.value.double().cpu()
         if not (self._evidence or self._asks()):
             return
         own = _examined(self.micro_batches, module.step_gaps)
-        seed = settings.seed + trainer.global_step
+        seed = collector.seed + trainer.global_step
         self._evidence.append(_over_ranks([distances(policy, b, gap, seed) for b, gap in own]))
         found = _join(self._evidence)
         if len(found.tokens) < ENOUGH:
@@ -115,7 +113,7 @@ class PolicyCheck:
         self._evidence = []
         verdict = judge(found)
         log_numbers(module, {f"check/kl_{name}": x for name, x in verdict.kl.items()})
-        self._decide(verdict, found, [b for b, _ in own], settings, trainer, module)
+        self._decide(verdict, found, [b for b, _ in own], collector, trainer, module)
 
     def _asks(self) -> bool:
         """Returns whether an examination is due; the running estimate starts anew once it was judged."""
@@ -133,7 +131,7 @@ class PolicyCheck:
         verdict: Verdict,
         found: Distances,
         own: Sequence[RolloutBatch],
-        settings: "RolloutCallback",
+        collector: Collector,
         trainer: pl.Trainer,
         module: Any,
     ) -> None:
@@ -143,8 +141,8 @@ class PolicyCheck:
         self.level = max(min(usual, verdict.allowed), NEGLIGIBLE)
         over = f"over {int(found.tokens.sum())} tokens of {len(found.tokens)} completions"
         if {"engine_trainer", "engine_stock"} <= apart:
-            again = _again(own, settings, trainer, module)
-            self._end(EngineError(_another_policy(settings.engine, verdict, over, again)))
+            again = _again(own, collector, trainer, module)
+            self._end(EngineError(_another_policy(collector.engine, verdict, over, again)))
         elif {"engine_trainer", "trainer_stock"} <= apart:
             self._end(GRPOError(_another_forward(module.policy, verdict, over)))
         elif asked is not None and kl["engine_trainer"] > asked and not self._said:
@@ -191,12 +189,12 @@ def _examined(
 
 
 def _again(
-    own: Sequence[RolloutBatch], settings: "RolloutCallback", trainer: pl.Trainer, module: Any
+    own: Sequence[RolloutBatch], collector: Collector, trainer: pl.Trainer, module: Any
 ) -> Verdict | str:
     """Returns what another sync and new samples of the same prompts give, or why there is no such thing."""
-    engine, policy, version = settings.engine, module.policy, trainer.global_step
+    engine, policy, version = collector.engine, module.policy, trainer.global_step
     prompts = [ids for b in own for ids in _prompts(b)][:PROMPTS]
-    seed = settings.seed
+    seed = collector.seed
     requests = [  # no rollout has a negative number, so no sample has had these seeds
         Request(prompt_ids=ids, uid=i, seeds=sample_seeds(seed, -version - 2, i, SAMPLES))
         for i, ids in enumerate(prompts)
@@ -204,9 +202,9 @@ def _again(
     failed, found = "", []
     try:
         engine.sync(PolicyWeights(policy), version)
-        groups = engine.generate(requests, settings.sampling) if requests else []
+        groups = engine.generate(requests, collector.sampling) if requests else []
         engine.sleep()
-        found = [_packed(requests, groups, settings)] if groups else []
+        found = [_packed(requests, groups, collector)] if groups else []
     except EngineError as error:
         failed = str(error)
     failed = "; ".join(filter(None, gather(failed)))
@@ -222,16 +220,16 @@ def _prompts(batch: RolloutBatch) -> list[list[int]]:
     return [ids[a : a + n] for a, n in zip(starts, batch.prompt_lengths, strict=True)]
 
 
-def _packed(requests: Sequence[Request], groups: Sequence[Any], settings: "RolloutCallback") -> RolloutBatch:
+def _packed(requests: Sequence[Request], groups: Sequence[Any], collector: Collector) -> RolloutBatch:
     flat = [c for group in groups for c in group]
     return RolloutBatch.pack(
         prompt_ids=[r.prompt_ids for r in requests],
         completions=flat,
         group_ids=[i for i, group in enumerate(groups) for _ in group],
         advantages=torch.zeros(len(flat)),
-        max_tokens=settings.sampling.max_tokens,
-        temperature=settings.sampling.temperature,
-        truncation=settings.sampling.truncation,
+        max_tokens=collector.sampling.max_tokens,
+        temperature=collector.sampling.temperature,
+        truncation=collector.sampling.truncation,
     )
 
 

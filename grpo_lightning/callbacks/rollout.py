@@ -135,11 +135,12 @@ class RolloutCallback(Callback):
         """Returns how many prompts may stand in for each. The prompt loader asks for it."""
         return self.dynamic_sampling
 
-    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+    def setup(self, trainer: pl.Trainer, pl_module: Any, stage: str) -> None:
         """Checks, before weights are loaded, that options, data and model fit together."""
         self._stopping.attach(trainer)
         self.seed = run_seed(self._given_seed)  # once: what a reward seeds later on is not the run's
-        check_setup(self, trainer, pl_module, stage)
+        options = {"advantage": self.advantage, "rewards": self.rewards, "micro_batches": self.micro_batches}
+        check_setup(trainer, pl_module, stage, self.sampling, self.validation.sampling, **options)
 
     def _start(self, trainer: pl.Trainer, module: Any) -> None:
         if not self._started:
@@ -163,7 +164,7 @@ class RolloutCallback(Callback):
         """Says what is going to happen, and puts restored random states in place."""
         check_epoch(trainer, self.micro_batches_per_rollout(trainer))
         self.micro_batch_sizer = MicroBatchSizer.of(self.micro_batches, trainer, pl_module)
-        print_plan(self, trainer)
+        print_plan(self.collector(trainer, pl_module), self._splitting(), trainer)
         if self._restored is not None:
             self._metrics.num_tokens = self._restored["num_tokens"]
             self._micro_batches = restore(self._restored, trainer.global_rank, trainer.world_size)
@@ -213,7 +214,7 @@ class RolloutCallback(Callback):
 
     def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: Any, optimizer: Any) -> None:
         """Stops a run whose engine samples from another policy than trains, before a weight changes."""
-        self.policy_check.before_step(self, trainer, pl_module)
+        self.policy_check.before_step(self.collector(trainer, pl_module), trainer, pl_module)
 
     def _roll(self, trainer: pl.Trainer, module: Any, prompts: PromptBatch) -> list[RolloutBatch]:
         """Returns the M micro-batches of a new rollout, in the order in which they train."""
@@ -225,12 +226,14 @@ class RolloutCallback(Callback):
         self._samples = rollout.samples
         self.recorder.write(trainer, rollout)
         scoring = perf_counter()
-        steps = self.updates_per_rollout, self.num_iterations, self.zero_variance_groups
-        splitting = Splitting(*steps, self.micro_batch_sizer, self.seed)
-        micro_batches, dropped = make_micro_batches(rollout, collector, splitting, trainer, module)
+        micro_batches, dropped = make_micro_batches(rollout, collector, self._splitting(), trainer, module)
         seconds = {"score": perf_counter() - scoring, "rollout": perf_counter() - started}
         self._metrics.log(trainer, module, rollout, dropped, seconds)
         return micro_batches * self.num_iterations
+
+    def _splitting(self) -> Splitting:
+        steps = self.updates_per_rollout, self.num_iterations, self.zero_variance_groups
+        return Splitting(*steps, self.micro_batch_sizer, self.seed)
 
     def _advantage_of(self, loss: LossConfig) -> str:
         return self.advantage or loss.recipe.advantage

@@ -138,7 +138,7 @@ class MicroBatchSizer:
     """
 
     def __init__(self, wanted: int | str, most: int, policy: Any = None, meter: Meter | None = None) -> None:
-        self.most, self.policy, self.meter = most, policy, meter
+        self.wanted, self.most, self.policy, self.meter = wanted, most, policy, meter
         self.fixed = wanted if isinstance(wanted, int) else most
         self.estimate = Estimate()
         self._running: Sizes | None = None
