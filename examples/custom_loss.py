@@ -3,10 +3,19 @@
 grpo-lightning fit --config configs/quickstart.yaml --model.loss.name examples/custom_loss.py:tanh_clip
 """
 
+from dataclasses import dataclass
+
 import torch
 
 
-def tanh_clip(ratio, advantages, config):
+@dataclass
+class TanhOptions:
+    """Keys of `model.loss.params`, e.g. --model.loss.params '{width: 0.3}'."""
+
+    width: float = 0.2
+
+
+def tanh_clip(ratio, advantages, options: TanhOptions):
     """Returns -A (1 + tanh((ratio - 1) / c) c): PPO's trust region with soft walls."""
-    width = config.params.get("width", 0.2)
-    return -advantages * (1 + width * torch.tanh((ratio - 1) / width))
+    c = options.width
+    return -advantages * (1 + c * torch.tanh((ratio - 1) / c))

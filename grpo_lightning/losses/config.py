@@ -11,6 +11,11 @@ from grpo_lightning.losses.kl import KL_ESTIMATORS
 from grpo_lightning.losses.ratios import RATIO_LEVELS
 from grpo_lightning.losses.recipes import RECIPES, Recipe
 from grpo_lightning.losses.surrogate_table import SURROGATES, Surrogate, find_surrogate
+from grpo_lightning.losses.surrogates.clipped import CispoOptions, DroOptions, SapoOptions
+from grpo_lightning.losses.surrogates.completions import FipoOptions, GmpoOptions, RealOptions, VespoOptions
+from grpo_lightning.losses.surrogates.covariance import CovarianceOptions
+from grpo_lightning.losses.surrogates.divergence import DppoOptions
+from grpo_lightning.losses.surrogates.options import ClipOptions, SurrogateOptions
 from grpo_lightning.utils.ranges import Bound, check_numbers
 
 COMMON_DEFAULTS: Mapping[str, float | str] = {
@@ -21,26 +26,43 @@ COMMON_DEFAULTS: Mapping[str, float | str] = {
 }
 
 
-LIMITS = ("clip_high", "dual_clip", "cispo_weight_max", "log_clip_low", "log_clip_high", "dppo_low",
-          "dppo_high", "dppo_weight_max", "cov_high", "fipo_rho_max", "off_policy_threshold",
-          "params")  # fmt: skip
+OPTIONS: tuple[type[SurrogateOptions], ...] = (
+    ClipOptions,
+    CispoOptions,
+    SapoOptions,
+    VespoOptions,
+    GmpoOptions,
+    DppoOptions,
+    CovarianceOptions,
+    DroOptions,
+    FipoOptions,
+    RealOptions,
+)
+"""what `LossConfig` inherits: one class for each surrogate of ours that has options of its own"""
+INFINITE = (*(name for kind in OPTIONS for name in kind.may_be_infinite), "off_policy_threshold", "params")
 """options that infinity switches off; a user's own may be anything but nan"""
-VESPO = ("k_pos", "lambda_pos", "k_neg", "lambda_neg")
 
 
 @hinted
 @dataclass(frozen=True)
-class LossConfig:
-    """Which loss is minimised; what is left at null is the recipe's.
+class LossConfig(
+    FipoOptions,
+    CispoOptions,
+    SapoOptions,
+    VespoOptions,
+    GmpoOptions,
+    DppoOptions,
+    CovarianceOptions,
+    DroOptions,
+    RealOptions,
+):
+    """Which loss is minimised; what is left at null is the recipe's. Surrogates' own options are inherited.
 
     Args:
         name: a recipe (see `RECIPES`) or your own surrogate as `pkg.mod.func` or `file.py:func`.
         surrogate: per-token objective.
         ratio_level: token, sequence or sequence_token.
         aggregation: how tokens are weighed: sequence_mean, token_mean, constant, sequence_sum, prompt_mean.
-        clip_low: the ratio is clipped below at 1 - clip_low; 1 does not clip.
-        clip_high: the ratio is clipped above at 1 + clip_high.
-        dual_clip: cap on the ratio where the advantage is negative; must exceed 1 + clip_high.
         kl_coef: weight of the KL divergence from the reference policy; 0 computes no reference.
         kl_in: loss, or reward: each completion's reward loses kl_coef times the sum of k1 over its tokens.
         kl_estimator: k1, k2, k3, k1_straight or k3_straight.
@@ -53,38 +75,13 @@ class LossConfig:
         off_policy_threshold: completions with A < 0 whose policy has moved further, in nats per token, are
             left out; null is off.
         correction: importance weights between the engine's policy and the trainer's.
-        cispo_weight_min: lowest importance weight of cispo, absolute.
-        cispo_weight_max: highest importance weight of cispo, absolute; at least 1.
-        sapo_tau_pos: sharpness of sapo's gate where A > 0.
-        sapo_tau_neg: the same where A <= 0.
-        vespo_k_pos: shape of vespo's weight where A >= 0.
-        vespo_lambda_pos: rate of vespo's weight where A >= 0.
-        vespo_k_neg: shape where A < 0.
-        vespo_lambda_neg: rate where A < 0.
-        log_clip_low: gmpo's clip of the log-ratio below.
-        log_clip_high: gmpo's clip of the log-ratio above.
-        dppo_low: how far dppo lets a probability (or its divergence) fall where A <= 0.
-        dppo_high: how far it may rise where A > 0.
-        dppo_weight_max: cap on dppo's importance weight.
-        cov_frac: share of the step's tokens that clip_cov and kl_cov select.
-        cov_low: lowest covariance that clip_cov selects from.
-        cov_high: highest covariance that clip_cov selects from.
-        kl_cov_coef: weight of kl_cov's penalty.
-        dro_coef: weight of dro's quadratic pull.
-        fipo_gamma: discount of fipo's look ahead, per token.
-        fipo_range: fipo weighs up to 1 + this.
-        fipo_rho_max: where A < 0, fipo does not weigh up tokens whose ratio is above it.
-        real_tau: temperature of real's scores.
-        params: free parameters of your own surrogate, found as `config.params`.
+        params: options of your own surrogate: the fields of the dataclass that it annotates `options` with.
     """
 
     name: str = "dapo"
     surrogate: str | None = None
     ratio_level: str | None = None
     aggregation: str | None = None
-    clip_low: float | None = None
-    clip_high: float | None = None
-    dual_clip: float | None = None
     kl_coef: float = 0.0
     kl_in: str | None = None
     kl_estimator: str | None = None
@@ -95,28 +92,6 @@ class LossConfig:
     top_entropy_quantile: float = 1.0
     off_policy_threshold: float | None = None
     correction: CorrectionConfig = CorrectionConfig()  # noqa: RUF009 - frozen
-    cispo_weight_min: float = 0.0
-    cispo_weight_max: float = 5.0
-    sapo_tau_pos: float = 1.0
-    sapo_tau_neg: float = 1.05
-    vespo_k_pos: float = 2.0
-    vespo_lambda_pos: float = 3.0
-    vespo_k_neg: float = 3.0
-    vespo_lambda_neg: float = 2.0
-    log_clip_low: float = 0.4
-    log_clip_high: float = 0.4
-    dppo_low: float | None = None
-    dppo_high: float | None = None
-    dppo_weight_max: float = 20.0
-    cov_frac: float = 2e-4
-    cov_low: float = 1.0
-    cov_high: float = 5.0
-    kl_cov_coef: float = 1.0
-    dro_coef: float | None = None
-    fipo_gamma: float = 2 ** (-1 / 32)
-    fipo_range: float = 0.2
-    fipo_rho_max: float = 10.0
-    real_tau: float = 0.5
     params: dict[str, float] = field(default_factory=dict[str, float])
 
     def __post_init__(self) -> None:
@@ -152,23 +127,9 @@ class LossConfig:
     @property
     def surrogate_row(self) -> Surrogate:
         """The row of `SURROGATES`, or the user's own."""
-        row = find_surrogate(str(self.resolve().surrogate))
+        row = find_surrogate(self.surrogate or self.recipe.surrogate)
         assert row is not None  # checked when the config was made
         return row
-
-    @property
-    def clip_range(self) -> tuple[float, float]:
-        """`clip_low` and `clip_high` of a resolved config."""
-        assert self.clip_low is not None
-        assert self.clip_high is not None
-        return self.clip_low, self.clip_high
-
-    @property
-    def dppo_range(self) -> tuple[float, float]:
-        """`dppo_low` and `dppo_high` of a resolved config that has them."""
-        assert self.dppo_low is not None
-        assert self.dppo_high is not None
-        return self.dppo_low, self.dppo_high
 
     @property
     def zero_variance_groups_have_no_gradient(self) -> bool:
@@ -237,50 +198,35 @@ class LossConfig:
         for key, table in tables.items():
             if (value := getattr(self, key)) not in table:
                 raise ConfigError(f"model.loss.{key} is {choices(value, table)}")
-        check_numbers("model.loss", self, self._bounds(), may_be_infinite=LIMITS)
+        check_numbers("model.loss", self, self._bounds(), may_be_infinite=INFINITE)
+        row = self.surrogate_row
+        if row.options is not None:
+            row.options_of(self)
+        reads = "config" in row.wants or (row.options is not None and not isinstance(self, row.options))
+        if self.params and not reads:
+            raise ConfigError(
+                f"model.loss.params is {self.params!r}, but surrogate {self.surrogate!r} reads none; remove "
+                "it, or name a surrogate of your own that annotates `options` with a dataclass"
+            )
         if self.ratio_level not in (levels := self.surrogate_row.levels):
             raise ConfigError(
                 f"model.loss.ratio_level is {choices(self.ratio_level, levels)} for {self.surrogate!r}"
             )
 
     def _bounds(self) -> list[Bound]:
-        low, high = self.clip_range
         k1_alone = KL_ESTIMATORS[str(self.kl_estimator)].needs_correction and not self.kl_bias_correction
-        above = f"null or above 1 + clip_high = {1 + high:g}, or it would also cut positive advantages"
         whole = self.surrogate_row.whole_groups
         weights = self.correction
         weighted = weights.active and weights != CorrectionConfig()
         masked = weighted or self.off_policy_threshold is not None or self.top_entropy_quantile < 1
         return [
-            ("clip_low", 0 <= low <= 1, "in [0, 1]; 1 does not clip below"),
-            ("clip_high", high >= 0, ">= 0"),
-            ("dual_clip", self.dual_clip is None or self.dual_clip > 1 + high, above),
+            *(bound for kind in OPTIONS for bound in kind.bounds(self)),
             ("kl_coef", self.kl_coef >= 0, ">= 0"),
             ("kl_in", self.kl_in in ("loss", "reward"), "loss or reward"),
             ("kl_estimator", not (self.kl_loss_coef and k1_alone), "k2, k3 or used with kl_bias_correction"),
             ("kl_coef", self.kl_coef > 0 or self.adaptive_kl is None, "> 0 for adaptive_kl to act on"),
             ("top_entropy_quantile", 0 < self.top_entropy_quantile <= 1, "in (0, 1]"),
-            ("cispo_weight_max", self.cispo_weight_max >= 1, ">= 1: it is absolute, not 1 + epsilon"),
-            (
-                "cispo_weight_min",
-                0 <= self.cispo_weight_min <= self.cispo_weight_max,
-                "in [0, cispo_weight_max]",
-            ),
-            ("sapo_tau_pos", self.sapo_tau_pos > 0, "> 0"),
-            ("sapo_tau_neg", self.sapo_tau_neg > 0, "> 0"),
-            ("log_clip_low", self.log_clip_low >= 0, ">= 0"),
-            ("log_clip_high", self.log_clip_high >= 0, ">= 0"),
-            ("dppo_weight_max", self.dppo_weight_max > 0, "> 0"),
-            ("cov_frac", 0 < self.cov_frac <= 1, "in (0, 1]"),
-            ("cov_low", self.cov_low <= self.cov_high, "at most cov_high"),
-            ("kl_cov_coef", self.kl_cov_coef >= 0, ">= 0"),
-            *((key, (getattr(self, key) or 0) >= 0, ">= 0") for key in ("dppo_low", "dppo_high", "dro_coef")),
-            *((f"vespo_{key}", getattr(self, f"vespo_{key}") >= 0, ">= 0") for key in VESPO),
-            ("fipo_gamma", 0 < self.fipo_gamma <= 1, "in (0, 1]"),
-            ("fipo_range", self.fipo_range >= 0, ">= 0"),
-            ("fipo_rho_max", self.fipo_rho_max > 0, "> 0"),
             ("entropy_coef", self.entropy_coef >= 0, ">= 0"),
-            ("real_tau", self.real_tau > 0, "> 0"),
             (
                 "surrogate",
                 not (whole and masked),

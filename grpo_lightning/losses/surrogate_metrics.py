@@ -7,7 +7,8 @@ from torch import Tensor
 
 from grpo_lightning.losses.completion_sums import Segments
 from grpo_lightning.losses.config import LossConfig
-from grpo_lightning.losses.surrogates import DPPO_KEEP, vespo_phi
+from grpo_lightning.losses.surrogates.completions import vespo_phi
+from grpo_lightning.losses.surrogates.divergence import DPPO_KEEP
 from grpo_lightning.metrics.reduce import Stat, reduced
 
 

@@ -1,12 +1,13 @@
 """Surrogates: the per-token objective, minimised. A row is a function that asks by name for what it needs.
 
-Any of `AVAILABLE` may be a parameter; most need `(ratio, advantages, logprobs, config)`. The rows are in
-`surrogates.py`.
+Any of `AVAILABLE` may be a parameter; most need `(ratio, advantages, logprobs, options)`. `options` is
+annotated with a dataclass: for ours one that `LossConfig` inherits, so that its fields are keys of
+`model.loss`; for yours any, whose fields are the keys of `model.loss.params`. The rows are in `surrogates/`.
 """
 
 import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any
 
 from torch import Tensor
@@ -23,7 +24,8 @@ AVAILABLE = (
     "correction",  # [N] sampler correction, 1 where there is none
     "selected",  # [N] bool, the covariance selection of the optimizer step
     "segments",  # sums per completion and group
-    "config",  # the LossConfig
+    "options",  # of the surrogate: the dataclass that it annotates this with
+    "config",  # the whole LossConfig
 )
 
 
@@ -36,6 +38,8 @@ class Surrogate:
     levels: tuple[str, ...]
     formula: str
     paper: str
+    options: type | None = None
+    """dataclass that the function annotates `options` with"""
     defaults: Mapping[str, float] = field(default_factory=dict[str, float])
     required: tuple[str, ...] = ()
     """options that have no sensible default"""
@@ -60,6 +64,8 @@ class Surrogate:
         Raises:
             ConfigError: the function returned another shape, which would be spread over all tokens.
         """
+        if self.options is not None:
+            inputs["options"] = self.options_of(inputs["config"])
         out = self.function(**{name: inputs[name] for name in self.wants})
         wanted = () if self.whole_groups else tuple(inputs["logprobs"].shape)
         shape = getattr(out, "shape", None)
@@ -71,6 +77,23 @@ class Surrogate:
                 "sums and means to model.loss.aggregation"
             )
         return out
+
+    def options_of(self, config: Any) -> Any:
+        """Returns what the function gets as `options`: the config where it has them, else made of `params`.
+
+        Raises:
+            ConfigError: `model.loss.params` has a name or a value that the dataclass does not take.
+        """
+        assert self.options is not None
+        if isinstance(config, self.options):
+            return config
+        names = [f.name for f in fields(self.options)]
+        if unknown := set(config.params) - set(names):
+            raise ConfigError(f"model.loss.params has {choices(min(unknown), names)}")
+        try:
+            return self.options(**config.params)
+        except (TypeError, ValueError) as error:
+            raise ConfigError(f"model.loss.params: {error}") from error
 
 
 SURROGATES: dict[str, Surrogate] = {}
@@ -94,7 +117,7 @@ def register_surrogate(
     """
 
     def add(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        SURROGATES[name] = Surrogate(function, _parameters(name, function), levels, formula, paper, **flags)
+        SURROGATES[name] = _row(name, function, levels, formula, paper, **flags)
         return function
 
     return add
@@ -112,7 +135,7 @@ def find_surrogate(name: str, key: str = "model.loss.name") -> Surrogate | None:
     """
     if "." in name and name not in SURROGATES and name not in _OWN:
         function: Callable[..., Tensor] = import_object(name, key)
-        _OWN[name] = Surrogate(function, _parameters(name, function), ALL_LEVELS, "", "")
+        _OWN[name] = _row(name, function, ALL_LEVELS, "", "")
     return SURROGATES.get(name) or _OWN.get(name)
 
 
@@ -120,9 +143,15 @@ _OWN: dict[str, Surrogate] = {}
 """your own functions by import path, each imported once"""
 
 
-def _parameters(name: str, function: Callable[..., Tensor]) -> tuple[str, ...]:
+def _row(name: str, function: Callable[..., Tensor], *row: Any, **flags: Any) -> Surrogate:
     wants = tuple(inspect.signature(function).parameters)
     for want in wants:
         if want not in AVAILABLE:
             raise ConfigError(f"surrogate {name!r} asks for the argument {choices(want, AVAILABLE)}")
-    return wants
+    options = inspect.get_annotations(function, eval_str=True).get("options") if "options" in wants else None
+    if "options" in wants and not (isinstance(options, type) and is_dataclass(options)):
+        raise ConfigError(
+            f"surrogate {name!r} asks for options without saying which: annotate them with a dataclass, "
+            "whose fields are then the keys of model.loss.params"
+        )
+    return Surrogate(function, wants, *row, options=options, **flags)

@@ -1,6 +1,7 @@
 """A number that is not finite could pass for a token, a zero or a mean: it is an error that names it."""
 
 import math
+from dataclasses import dataclass, fields
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from grpo_lightning.engines import HFEngine
 from grpo_lightning.engines.base import Request
 from grpo_lightning.errors import ConfigError, EngineError, GRPOError, RewardError
 from grpo_lightning.losses import RECIPES, LossConfig, policy_loss, register_surrogate
+from grpo_lightning.losses.config import OPTIONS
 from grpo_lightning.losses.custom_check import check_surrogate
 from grpo_lightning.losses.surrogate_table import SURROGATES
 from grpo_lightning.policy.finite_checks import finite
@@ -264,3 +266,51 @@ def test_a_surrogate_that_works(changes):
     register_surrogate("mine.sound")(sound)
     check_surrogate(LossConfig("mine.sound", **changes))
     check_surrogate(LossConfig("examples/custom_loss.py:tanh_clip", **changes))
+
+
+@dataclass(frozen=True)
+class Walls:
+    height: float = 2.0
+
+    def __post_init__(self):
+        if self.height <= 0:
+            raise ValueError(f"height is {self.height}; it must be > 0")
+
+
+def walled(ratio, advantages, options: Walls):
+    return -options.height * ratio * advantages
+
+
+def of_no_class(ratio, options):
+    return ratio
+
+
+@pytest.mark.usefixtures("tables")
+def test_options_of_a_surrogate_of_your_own():
+    register_surrogate("mine.walled")(walled)
+    batch = random_rollout()
+    logprobs = torch.zeros(len(batch.target_ids))
+    configs = LossConfig("mine.walled"), LossConfig("mine.walled", params={"height": 4.0})
+    losses = [policy_loss(logprobs, batch, config).loss for config in configs]
+    assert losses[1] == 2 * losses[0] != 0
+    with pytest.raises(ConfigError, match=r"model.loss.params has 'hight' \(did you mean 'height'\?"):
+        LossConfig("mine.walled", params={"hight": 1.0})
+    with pytest.raises(ConfigError, match=r"model\.loss\.params: height is -1\.0; it must be > 0"):
+        LossConfig("mine.walled", params={"height": -1.0})
+    with pytest.raises(ConfigError, match="surrogate 'ppo_clip' reads none; remove it"):
+        LossConfig("dapo", params={"height": 1.0})
+    with pytest.raises(ConfigError, match=r"'mine\.none' asks for options without saying which"):
+        register_surrogate("mine.none")(of_no_class)
+
+
+@pytest.mark.parametrize("kind", OPTIONS, ids=lambda kind: kind.__name__)
+def test_options_are_declared_beside_one_surrogate_and_are_keys_of_the_loss(kind):
+    assert isinstance(LossConfig(), kind)
+    rows = [name for name, row in SURROGATES.items() if row.options and issubclass(row.options, kind)]
+    assert rows
+    own = {f.name for f in fields(kind)}
+    assert own <= {f.name for f in fields(LossConfig)}
+    others = {
+        f.name for o in OPTIONS if not issubclass(o, kind) and not issubclass(kind, o) for f in fields(o)
+    }
+    assert not own & others

@@ -114,7 +114,7 @@ def test_a_schedule_that_ruins_the_rate(factor):
         (LossConfig, {"clip_high": INF}),
         (LossConfig, {"dual_clip": INF}),
         (LossConfig, {"cispo_weight_max": INF}),
-        (LossConfig, {"params": {"cap": INF}}),
+        (LossConfig, {"name": "examples/custom_loss.py:tanh_clip", "params": {"width": INF}}),
         (CorrectionConfig, {"high": INF}),
         (SamplingParams, {"temperature": 0.0}),
         (SamplingParams, {"top_p": 1.0, "min_p": 0.0, "extra": {"stop": ["a"], "logit_bias": {"7": -100.0}}}),
