@@ -78,6 +78,11 @@ class Surrogate:
             )
         return out
 
+    @property
+    def ours(self) -> bool:
+        """Whether the function is the library's own, so that kernels may compute it in its place."""
+        return getattr(self.function, "__module__", "").startswith("grpo_lightning.")
+
     def options_of(self, config: Any) -> Any:
         """Returns what the function gets as `options`: the config where it has them, else made of `params`.
 

@@ -180,7 +180,7 @@ def test_a_killed_run_leaves_no_memory_behind(folder):
         import test_cuda_vllm as t
         policy = t.make_policy({folder!r})
         engine = t.start(policy, {folder!r}, enforce_eager=True)
-        engine.sync(PolicyWeights(policy), 0)
+        engine.sync(t.PolicyWeights(policy), 0)
         print("ready", flush=True)
         while True:
             engine.generate(t.ask(), t.SamplingParams(max_tokens=20))

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from triton import knobs
 
-from grpo_lightning.losses import AGGREGATIONS, KL_ESTIMATORS, LossConfig, surrogates
+from grpo_lightning.losses import AGGREGATIONS, KL_ESTIMATORS, LossConfig
 from grpo_lightning.losses.completion_sums import Segments
 from grpo_lightning.losses.fused.kernel_triton import loss_kernel
 from grpo_lightning.losses.fused.rules_triton import ESTIMATORS, LEVELS, MODES, SPANS, SURROGATE_RULES
@@ -73,7 +73,7 @@ def why_not(config: LossConfig) -> str | None:
         "correction.mode": (config.correction.mode, MODES),
     }
     missing = [f"{key} {name!r}" for key, (name, table) in tables.items() if name not in table]
-    if not missing and objective.function.__module__ != surrogates.__name__:
+    if not missing and not objective.ours:
         missing = [f"surrogate {config.surrogate!r}, which is not the library's own"]
     return ", ".join(missing) or None
 
