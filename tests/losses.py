@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from grpo_lightning.losses import LossConfig, fused
+from grpo_lightning.losses.fused.launch_triton import why_not
 from grpo_lightning.metrics.reduce import values
 from grpo_lightning.packing.batch import RolloutBatch
 from grpo_lightning.types import Completion
@@ -69,6 +70,7 @@ def assert_as_twin(
     config: LossConfig, batch: RolloutBatch, logprobs: Tensor, entropy: Tensor | None, **weights: float
 ) -> fused.LossGrad:
     """Returns what the kernel gives after comparing all of it with the twin in fp64."""
+    assert why_not(config.resolve()) is None  # or torch would be compared with itself
     spread = None if entropy is None else entropy.double()
     want = fused.policy_loss_grad(logprobs.double(), wide(batch), config, spread, **weights)
     got = fused.policy_loss_grad(logprobs, batch, config, entropy, backend="triton", **weights)
