@@ -6,8 +6,9 @@ from typing import Any, Protocol, runtime_checkable
 
 import lightning.pytorch as pl
 import torch
-from torchmetrics import MeanMetric
+from torchmetrics import Metric, MetricCollection
 
+from grpo_lightning.callbacks.validation_metrics import ColumnMean, inputs
 from grpo_lightning.errors import ConfigError, choices, hinted
 from grpo_lightning.rollout.collector import Rollout
 from grpo_lightning.types import SamplingParams
@@ -25,6 +26,8 @@ class ValidationConfig:
         pass_reward: name of the reward that decides whether a completion passes; null is the first.
         pass_threshold: a completion passes if that reward is at least this.
         before_training: run the Trainer's validation before the first step too, within its limits.
+        metrics: your own torchmetrics by name, logged as val/NAME, e.g. {pass@4: {class_path:
+            grpo_lightning.callbacks.PassAtK, init_args: {k: 4}}}; see `callbacks/validation_metrics.py`.
     """
 
     num_generations: int = 1
@@ -32,6 +35,7 @@ class ValidationConfig:
     pass_reward: str | None = None
     pass_threshold: float = 1.0
     before_training: bool = False
+    metrics: dict[str, Metric] | None = None
 
     def __post_init__(self) -> None:
         check_numbers("rollout.validation", self)
@@ -68,34 +72,47 @@ class Evaluation:
         if config.pass_reward is not None and config.pass_reward not in names:
             raise ConfigError(f"rollout.validation.pass_reward is {choices(config.pass_reward, names)}")
         self.judge = names.index(config.pass_reward) if config.pass_reward else 0
-        self.names = names
-        self.means: dict[str, MeanMetric] = {}
-        self.reset()
-        self.logged = {f"{stage}/{key}" for stage in ("val", "test") for key in self.means}
-
-    def reset(self) -> None:
-        """Starts a new pass."""
-        keys = ["reward", "pass@1", "completions/mean_length", *(f"rewards/{n}/mean" for n in self.names)]
-        self.means = {key: MeanMetric(nan_strategy="ignore") for key in keys}
+        own = {
+            "reward": ColumnMean("reward"),
+            "pass@1": ColumnMean("passed"),
+            "completions/mean_length": ColumnMean("lengths"),
+            **{f"rewards/{name}/mean": ColumnMean("rewards", k) for k, name in enumerate(names)},
+        }
+        if taken := own.keys() & (config.metrics or {}).keys():
+            raise ConfigError(
+                f"rollout.validation.metrics has {min(taken)!r}, a name of ours; take another, e.g. "
+                f"{f'my/{min(taken)}'!r}"
+            )
+        every: dict[str, Any] = own | (config.metrics or {})
+        self.keys = list(every)
+        # By number: the name of a reward function may have a dot, the name of a module none.
+        self.metrics = MetricCollection({str(i): every[k] for i, k in enumerate(every)}, compute_groups=False)
+        self.logged = {f"{stage}/{key}" for stage in ("val", "test") for key in every}
 
     def update(self, rollout: Rollout) -> None:
         """Adds a batch."""
-        columns = torch.tensor(rollout.scores.values, dtype=torch.float64).reshape(-1, len(self.names))
-        if not len(columns):
+        lengths = [len(c.token_ids) for group in rollout.completions for c in group]
+        if not lengths:
             return
-        passed = columns[:, self.judge]
-        passed = torch.where(passed.isnan(), passed, (passed >= self.config.pass_threshold).double())
-        self.means["reward"].update(torch.tensor(rollout.scores.totals))
-        self.means["pass@1"].update(passed)
-        lengths = [float(len(c.token_ids)) for group in rollout.completions for c in group]
-        self.means["completions/mean_length"].update(torch.tensor(lengths))
-        for k, name in enumerate(self.names):
-            self.means[f"rewards/{name}/mean"].update(columns[:, k])
+        sizes = [len(group) for group in rollout.completions]
+        columns = inputs(rollout.scores, lengths, sizes, self.judge, self.config.pass_threshold)
+        device = self.metrics["0"].device
+        self.metrics.update(**{name: column.to(device) for name, column in columns.items()})
 
     def compute(self, prefix: str, device: torch.device) -> dict[str, float]:
         """Returns the means over all ranks and starts anew."""
-        out = {f"{prefix}/{key}": float(m.to(device).compute()) for key, m in self.means.items()}
-        self.reset()
+        found = self.metrics.to(device).compute()
+        self.metrics.reset()
+        out: dict[str, float] = {}
+        for i, key in enumerate(self.keys):
+            value = torch.as_tensor(found.get(str(i), torch.zeros(0)))
+            if value.numel() != 1:
+                kind = type(self.metrics[str(i)]).__name__
+                raise ConfigError(
+                    f"rollout.validation.metrics {key!r} ({kind}) does not compute one number; "
+                    "take one metric for each number"
+                )
+            out[f"{prefix}/{key}"] = float(value)
         return {key: value for key, value in out.items() if value == value}
 
     def log(self, trainer: pl.Trainer, module: Any, prefix: str) -> None:
