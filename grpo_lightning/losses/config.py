@@ -15,7 +15,7 @@ from grpo_lightning.losses.surrogates.clipped import CispoOptions, DroOptions, S
 from grpo_lightning.losses.surrogates.completions import FipoOptions, GmpoOptions, RealOptions, VespoOptions
 from grpo_lightning.losses.surrogates.covariance import CovarianceOptions
 from grpo_lightning.losses.surrogates.divergence import DppoOptions
-from grpo_lightning.losses.surrogates.options import ClipOptions, SurrogateOptions
+from grpo_lightning.losses.surrogates.options import SurrogateOptions
 from grpo_lightning.utils.ranges import Bound, check_numbers
 
 COMMON_DEFAULTS: Mapping[str, float | str] = {
@@ -24,23 +24,6 @@ COMMON_DEFAULTS: Mapping[str, float | str] = {
     "kl_estimator": "k3",
     "kl_in": "loss",
 }
-
-
-OPTIONS: tuple[type[SurrogateOptions], ...] = (
-    ClipOptions,
-    CispoOptions,
-    SapoOptions,
-    VespoOptions,
-    GmpoOptions,
-    DppoOptions,
-    CovarianceOptions,
-    DroOptions,
-    FipoOptions,
-    RealOptions,
-)
-"""what `LossConfig` inherits: one class for each surrogate of ours that has options of its own"""
-INFINITE = (*(name for kind in OPTIONS for name in kind.may_be_infinite), "off_policy_threshold", "params")
-"""options that infinity switches off; a user's own may be anything but nan"""
 
 
 @hinted
@@ -243,3 +226,11 @@ class LossConfig(
                 for key in self.surrogate_row.required
             ),
         ]
+
+
+OPTIONS: tuple[type[SurrogateOptions], ...] = tuple(
+    kind for kind in LossConfig.__mro__ if issubclass(kind, SurrogateOptions) and "bounds" in vars(kind)
+)
+"""what `LossConfig` inherits: the options of surrogates, a class each"""
+INFINITE = (*(name for kind in OPTIONS for name in kind.may_be_infinite), "off_policy_threshold", "params")
+"""options that infinity switches off; a user's own may be anything but nan"""
