@@ -1,4 +1,5 @@
-# `make quickstart` trains a real model on a CPU; `make test` checks everything. Both set up .venv from nothing.
+# `make quickstart` trains a real model on a CPU; `make test` checks nearly everything in minutes, `make test-all` the
+# rest too: whole runs, several processes, the real vLLM. Each sets up what it needs from nothing.
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
@@ -11,7 +12,7 @@ WORKERS ?= $(shell n=$$(nproc 2>/dev/null || echo 2); echo $$((n < 8 ? n : 8)))
 # What computes numbers.
 CORE := grpo_lightning/losses/*,grpo_lightning/ops/*,grpo_lightning/advantages.py,grpo_lightning/packing/*,grpo_lightning/metrics/reduce.py
 
-.PHONY: quickstart quickstart-vllm test test-vllm lint clean setup conformance
+.PHONY: quickstart quickstart-vllm test test-all test-slow test-vllm lint clean setup conformance
 setup: $(VENV)/.ready
 $(VENV)/.ready: pyproject.toml constraints/cpu.txt
 	$(PYTHON) -m venv $(VENV)
@@ -31,13 +32,17 @@ lint: setup
 	$(BIN)/pyright --pythonpath $(BIN)/python
 	$(BIN)/lint-imports --no-logo
 
-# One environment installs while the other does, and is linted; then tests, as many at a time as there are cores.
-test:
-	$(MAKE) -j2 lint .venv-vllm/.ready
-	$(MAKE) test-vllm
-	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --cov --cov-report=
+# As many tests at a time as there are cores. What is slow is listed in tests/slow_tests.txt; `pytest` alone runs all.
+PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --cov --cov-append --cov-report=
+HERE := not gpu and not gym and not math and not vllm
+test: lint
+	rm -f .coverage
+	$(PYTEST) -m "$(HERE) and not slow"
+test-slow: setup
+	$(PYTEST) -m "$(HERE) and slow"
 	$(BIN)/coverage report --skip-covered
 	$(BIN)/coverage report --include="$(CORE)" --fail-under=95
+test-all: test test-slow test-vllm
 
 # The real vLLM, built for CPUs; it pins other versions than the rest is tested with.
 test-vllm: .venv-vllm/.ready

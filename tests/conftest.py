@@ -13,6 +13,15 @@ sys.path.insert(0, str(Path(__file__).parent))
 import pytest  # after the thread count, which torch reads on import
 from models import save_tiny
 
+SLOW = frozenset((Path(__file__).parent / "slow_tests.txt").read_text().split())
+"""functions that `make test` leaves to `make test-slow`, as file::function"""
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if f"{item.path.name}::{getattr(item, 'originalname', item.name)}" in SLOW:
+            item.add_marker(pytest.mark.slow)
+
 
 @pytest.fixture(scope="session")
 def model_folder(tmp_path_factory):

@@ -129,6 +129,7 @@ class Hungry(HFEngine):
         self.left, self.where = n, where
 
     def start(self, context):
+        super().start(context)
         if self.where == "start":
             raise EngineError(
                 "vLLM could not start: ValueError: No available memory for the cache blocks. Try increasing "

@@ -118,10 +118,15 @@ class Images(pl.LightningDataModule):
     """Four prompts, each with an image of one number."""
 
     def train_dataloader(self):
-        def batch(part):
+        def batch(micro_batch):
             pictures = [{"multi_modal_data": {"image": i}} for i in range(4)]
             ids = [[5, 6], [7], [8, 9, 10], [11]]
-            own = {"prompts": ["", "", "", ""], "columns": {}, "uids": [0, 1, 2, 3], "part": part}
+            own = {
+                "prompts": ["", "", "", ""],
+                "columns": {},
+                "uids": [0, 1, 2, 3],
+                "micro_batch": micro_batch,
+            }
             return PromptBatch(prompt_ids=ids, model_inputs=pictures, **own)
 
         return DataLoader([batch(0), batch(0)], batch_size=None)

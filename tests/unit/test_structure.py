@@ -148,3 +148,11 @@ def test_help_and_version_need_no_torch(flag):
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert "grpo-lightning" in done.stdout
     assert "torch" not in done.stderr
+
+
+def test_slow_tests_exist():
+    """A name that is gone would take its test's successor into `make test` unnoticed."""
+    names = (ROOT / "tests" / "slow_tests.txt").read_text().split()
+    assert names == sorted(set(names))
+    files = {path.name: path.read_text() for path in (ROOT / "tests").rglob("test_*.py")}
+    assert [n for n in names if f"\ndef {n.split('::')[1]}(" not in files[n.split("::")[0]]] == []
