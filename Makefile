@@ -12,7 +12,7 @@ WORKERS ?= $(shell n=$$(nproc 2>/dev/null || echo 2); echo $$((n < 8 ? n : 8)))
 # What computes numbers.
 CORE := grpo_lightning/losses/*,grpo_lightning/ops/*,grpo_lightning/advantages.py,grpo_lightning/packing/*,grpo_lightning/metrics/reduce.py
 
-.PHONY: quickstart quickstart-vllm test test-all test-slow test-vllm lint clean setup conformance
+.PHONY: quickstart quickstart-vllm test test-all test-slow test-vllm coverage lint clean setup conformance
 setup: $(VENV)/.ready
 $(VENV)/.ready: pyproject.toml constraints/cpu.txt
 	$(PYTHON) -m venv $(VENV)
@@ -32,7 +32,7 @@ lint: setup
 	$(BIN)/pyright --pythonpath $(BIN)/python
 	$(BIN)/lint-imports --no-logo
 
-# As many tests at a time as there are cores. What is slow is listed in tests/slow_tests.txt; `pytest` alone runs all.
+# As many tests at a time as there are cores. What is slow is listed in tests/slow_tests.txt; `pytest` alone runs both.
 PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --cov --cov-append --cov-report=
 HERE := not gpu and not gym and not math and not vllm
 test: lint
@@ -40,9 +40,15 @@ test: lint
 	$(PYTEST) -m "$(HERE) and not slow"
 test-slow: setup
 	$(PYTEST) -m "$(HERE) and slow"
+test-all:
+	$(MAKE) test
+	$(MAKE) test-slow
+	$(MAKE) test-vllm
+	$(MAKE) coverage
+# Of `test` and `test-slow` together.
+coverage: setup
 	$(BIN)/coverage report --skip-covered
 	$(BIN)/coverage report --include="$(CORE)" --fail-under=95
-test-all: test test-slow test-vllm
 
 # The real vLLM, built for CPUs; it pins other versions than the rest is tested with.
 test-vllm: .venv-vllm/.ready

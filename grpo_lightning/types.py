@@ -111,8 +111,8 @@ class PromptBatch:
     """a number per prompt that is stable over runs and ranks; keys its sampling seeds"""
     model_inputs: list[dict[str, Any]] = field(default_factory=list[dict[str, Any]])
     """what a model reads of each prompt beside its tokens, by the engine's names, e.g.
-    {multi_modal_data: ...}; empty for prompts of text. A module that can train on such prompts says so by
-    `reads_model_inputs = True`"""
+    {multi_modal_data: ...}; empty for prompts of text. Engines get them; a module that takes them from here
+    says so by `reads_model_inputs = True`, since a `RolloutBatch` does not carry them"""
     rollout_index: int = 0
     """how many rollouts came before this one, since the beginning of training"""
     micro_batch: int = 0
@@ -146,7 +146,9 @@ class PromptBatch:
             prompt_ids=[ids for b in batches for ids in b.prompt_ids],
             columns={n: [v for b in batches for v in b.columns.get(n, [None] * len(b))] for n in names},
             uids=[uid for b in batches for uid in b.uids],
-            model_inputs=[x for b in batches for x in b.model_inputs],
+            model_inputs=[x for b in batches for x in b.model_inputs or [{}] * len(b)]
+            if any(b.model_inputs for b in batches)
+            else [],
             rollout_index=batches[0].rollout_index if batches else 0,
         )
 

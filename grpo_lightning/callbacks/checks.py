@@ -174,11 +174,16 @@ def check_batch(batch: Any, module: Any) -> None:
             f"RolloutCallback got a {type(batch).__name__} from the train loader; use PromptDataModule, "
             "or a loader that yields PromptBatch"
         )
-    if batch.model_inputs and not getattr(module, "reads_model_inputs", False):
+    given = sorted({name for own in batch.model_inputs for name in own})
+    if given and not getattr(module, "reads_model_inputs", False):
         raise ConfigError(
-            f"the prompts have model_inputs ({', '.join(batch.model_inputs[0])}), but "
-            f"{type(module).__name__} trains on tokens alone; a module that reads them sets "
-            "reads_model_inputs = True"
+            f"the prompts have model_inputs ({', '.join(given)}), but {type(module).__name__} trains on "
+            "tokens alone; a module that reads them sets reads_model_inputs = True"
+        )
+    if batch.model_inputs and (batch.spares or len(batch.model_inputs) != len(batch)):
+        raise ConfigError(
+            f"{len(batch)} prompts have {len(batch.model_inputs)} model_inputs; give one for each, and leave "
+            "rollout.dynamic_sampling at 0, which would exchange prompts behind the module's back"
         )
 
 

@@ -8,7 +8,7 @@ import lightning.pytorch as pl
 import torch
 from torchmetrics import Metric, MetricCollection
 
-from grpo_lightning.callbacks.validation_metrics import ColumnMean, inputs
+from grpo_lightning.callbacks.validation_metrics import ColumnMean, check_metric, inputs
 from grpo_lightning.errors import ConfigError, choices, hinted
 from grpo_lightning.rollout.collector import Rollout
 from grpo_lightning.types import SamplingParams
@@ -83,6 +83,8 @@ class Evaluation:
                 f"rollout.validation.metrics has {min(taken)!r}, a name of ours; take another, e.g. "
                 f"{f'my/{min(taken)}'!r}"
             )
+        for name, metric in (config.metrics or {}).items():
+            check_metric(f"rollout.validation.metrics.{name}", metric, config.num_generations)
         every: dict[str, Any] = own | (config.metrics or {})
         self.keys = list(every)
         # By number: the name of a reward function may have a dot, the name of a module none.

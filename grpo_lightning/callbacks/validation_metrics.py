@@ -7,15 +7,22 @@ One call of `update` sees the S completions of one batch of one rank. Any of the
     passed       [S] 1 where the completion passes, 0 where not; nan where the deciding reward does not apply
     lengths      [S] tokens of each completion
     group_ids    [S] int64, the prompt of each completion, sorted
+
+All others are float32. A rank without prompts in a pass calls no `update`: a state that is a list has to be
+of float32 and one axis, since that is what torchmetrics takes an empty one for.
 """
 
+import inspect
 from typing import Any
 
 import torch
 from torch import Tensor
 from torchmetrics import MeanMetric, Metric
 
-from grpo_lightning.errors import ConfigError
+from grpo_lightning.errors import ConfigError, choices
+
+INPUTS = ("reward", "rewards", "passed", "lengths", "group_ids")
+"""what `update` may ask for"""
 
 
 class ColumnMean(MeanMetric):
@@ -60,8 +67,8 @@ class PassAtK(Metric):
     def update(self, passed: Tensor, group_ids: Tensor) -> None:
         """Adds the prompts of a batch."""
         known = ~passed.isnan()
-        zeros = torch.zeros(int(group_ids.max()) + 1 if len(group_ids) else 0, dtype=torch.float64)
-        n = zeros.index_add(0, group_ids[known], torch.ones(int(known.sum()), dtype=torch.float64))
+        zeros = passed.new_zeros(int(group_ids.max()) + 1 if len(group_ids) else 0, dtype=torch.float64)
+        n = zeros.index_add(0, group_ids[known], torch.ones_like(passed[known], dtype=torch.float64))
         c = zeros.index_add(0, group_ids[known], passed[known].double())
         enough = n >= self.k
         n, failed = n[enough], (n - c)[enough]
@@ -74,6 +81,22 @@ class PassAtK(Metric):
     def compute(self) -> Tensor:
         """Returns the mean over prompts; nan where there is none."""
         return self.total / self.prompts
+
+
+def check_metric(key: str, metric: Any, num_generations: int) -> None:
+    """Raises ConfigError unless `metric` is one that a validation can update; before anything is sampled."""
+    kind = type(metric).__name__
+    if not isinstance(metric, Metric):
+        raise ConfigError(f"{key} is a {kind}; it must be a torchmetrics.Metric that computes one number")
+    named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    for p in inspect.signature(metric.update).parameters.values():
+        if p.kind in named and p.default is p.empty and p.name not in INPUTS:
+            raise ConfigError(f"{key} ({kind}): its update asks for {choices(p.name, INPUTS)}")
+    if isinstance(metric, PassAtK) and metric.k > num_generations:
+        raise ConfigError(
+            f"{key}: PassAtK.k is {metric.k}, but rollout.validation.num_generations is {num_generations}; "
+            "raise it, or lower k"
+        )
 
 
 def inputs(
@@ -91,9 +114,9 @@ def inputs(
     rewards = torch.tensor(scores.values, dtype=torch.float64).reshape(len(lengths), -1)
     decides = rewards[:, judge]
     return {
-        "reward": torch.tensor(scores.totals),
-        "rewards": rewards,
-        "passed": torch.where(decides.isnan(), decides, (decides >= threshold).double()),
-        "lengths": torch.tensor([float(n) for n in lengths]),
+        "reward": torch.tensor(scores.totals, dtype=torch.float32),
+        "rewards": rewards.float(),
+        "passed": torch.where(decides.isnan(), decides, (decides >= threshold).double()).float(),
+        "lengths": torch.tensor(lengths, dtype=torch.float32),
         "group_ids": torch.arange(len(group_sizes)).repeat_interleave(torch.tensor(group_sizes)),
     }

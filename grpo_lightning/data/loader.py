@@ -19,7 +19,7 @@ VERSION = 1
 
 
 @runtime_checkable
-class DealsParts(Protocol):
+class FeedsMicroBatches(Protocol):
     """A callback that needs each rollout's prompts more than once: once for every micro-batch made of it."""
 
     def micro_batches_per_rollout(self, trainer: Any) -> int: ...
@@ -28,7 +28,7 @@ class DealsParts(Protocol):
 def asked_of_dealer(trainer: Any, question: str, default: int) -> int:
     """Returns what the callback that makes rollouts answers, or `default`."""
     callbacks = getattr(trainer, "callbacks", [])
-    dealer = next((callback for callback in callbacks if isinstance(callback, DealsParts)), None)
+    dealer = next((callback for callback in callbacks if isinstance(callback, FeedsMicroBatches)), None)
     answer = getattr(dealer, question, None)
     return default if answer is None else answer(trainer)
 

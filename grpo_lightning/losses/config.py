@@ -94,6 +94,13 @@ class LossConfig(
         surrogate = find_surrogate(self.surrogate or recipe.surrogate, key)
         defaults = {**COMMON_DEFAULTS, **recipe.defaults, **parts}
         if surrogate is not None:
+            strange = [k for k in (*surrogate.defaults, *surrogate.required) if not hasattr(self, k)]
+            if strange:
+                raise ConfigError(
+                    f"surrogate {self.surrogate or self.name!r} is registered with a default or requirement "
+                    f"for {strange[0]!r}, which is no key of model.loss; give the field of its options a "
+                    "default instead"
+                )
             defaults = {**surrogate.defaults, **defaults}
         missing = {key: value for key, value in defaults.items() if getattr(self, key) is None}
         return replace(self, **missing) if missing else self
@@ -181,7 +188,7 @@ class LossConfig(
         for key, table in tables.items():
             if (value := getattr(self, key)) not in table:
                 raise ConfigError(f"model.loss.{key} is {choices(value, table)}")
-        check_numbers("model.loss", self, self._bounds(), may_be_infinite=INFINITE)
+        check_numbers("model.loss", self, self.bounds(), may_be_infinite=INFINITE)
         row = self.surrogate_row
         if row.options is not None:
             row.options_of(self)
@@ -196,7 +203,8 @@ class LossConfig(
                 f"model.loss.ratio_level is {choices(self.ratio_level, levels)} for {self.surrogate!r}"
             )
 
-    def _bounds(self) -> list[Bound]:
+    def bounds(self) -> list[Bound]:
+        """Returns what each option has to be, those of surrogates among them."""
         k1_alone = KL_ESTIMATORS[str(self.kl_estimator)].needs_correction and not self.kl_bias_correction
         whole = self.surrogate_row.whole_groups
         weights = self.correction
@@ -229,8 +237,9 @@ class LossConfig(
 
 
 OPTIONS: tuple[type[SurrogateOptions], ...] = tuple(
-    kind for kind in LossConfig.__mro__ if issubclass(kind, SurrogateOptions) and "bounds" in vars(kind)
+    kind for kind in LossConfig.__mro__[1:] if issubclass(kind, SurrogateOptions) and "bounds" in vars(kind)
 )
 """what `LossConfig` inherits: the options of surrogates, a class each"""
 INFINITE = (*(name for kind in OPTIONS for name in kind.may_be_infinite), "off_policy_threshold", "params")
 """options that infinity switches off; a user's own may be anything but nan"""
+LossConfig.may_be_infinite = INFINITE

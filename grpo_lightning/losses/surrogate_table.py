@@ -6,6 +6,7 @@ annotated with a dataclass: for ours one that `LossConfig` inherits, so that its
 """
 
 import inspect
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from grpo_lightning.errors import ConfigError, choices
 from grpo_lightning.utils.imports import import_object
+from grpo_lightning.utils.ranges import Bound, check_numbers
 
 AVAILABLE = (
     "ratio",  # [N] of the ratio level
@@ -42,7 +44,7 @@ class Surrogate:
     """dataclass that the function annotates `options` with"""
     defaults: Mapping[str, float] = field(default_factory=dict[str, float])
     required: tuple[str, ...] = ()
-    """options that have no sensible default"""
+    """options of ours that have no sensible default; yours have none in their dataclass"""
     folds_correction: bool = False
     """multiplies the sampler correction itself"""
     still_at_zero: bool = False
@@ -86,19 +88,28 @@ class Surrogate:
     def options_of(self, config: Any) -> Any:
         """Returns what the function gets as `options`: the config where it has them, else made of `params`.
 
+        A class of yours that inherits one of ours takes those fields from the config.
+
         Raises:
             ConfigError: `model.loss.params` has a name or a value that the dataclass does not take.
         """
         assert self.options is not None
+        params: dict[str, Any] = config.params
         if isinstance(config, self.options):
             return config
-        names = [f.name for f in fields(self.options)]
-        if unknown := set(config.params) - set(names):
+        ours = [kind for kind in self.options.__mro__ if is_dataclass(kind) and isinstance(config, kind)]
+        shared: dict[str, Any] = {f.name: getattr(config, f.name) for kind in ours for f in fields(kind)}
+        names = [f.name for f in fields(self.options) if f.name not in shared]
+        if unknown := set(params) - set(names):
             raise ConfigError(f"model.loss.params has {choices(min(unknown), names)}")
         try:
-            return self.options(**config.params)
-        except (TypeError, ValueError) as error:
-            raise ConfigError(f"model.loss.params: {error}") from error
+            made: Any = self.options(**shared, **params)
+            bounds: list[Bound] = made.bounds() if "bounds" in vars(self.options) else []
+        except Exception as error:  # whatever somebody else's class raises
+            raise ConfigError(f"model.loss.params: {str(error) or type(error).__name__}") from error
+        values = {f.name: getattr(made, f.name) for f in fields(self.options)}
+        check_numbers("model.loss.params", values, bounds, may_be_infinite=values)
+        return made
 
 
 SURROGATES: dict[str, Surrogate] = {}
@@ -153,10 +164,20 @@ def _row(name: str, function: Callable[..., Tensor], *row: Any, **flags: Any) ->
     for want in wants:
         if want not in AVAILABLE:
             raise ConfigError(f"surrogate {name!r} asks for the argument {choices(want, AVAILABLE)}")
-    options = inspect.get_annotations(function, eval_str=True).get("options") if "options" in wants else None
-    if "options" in wants and not (isinstance(options, type) and is_dataclass(options)):
-        raise ConfigError(
-            f"surrogate {name!r} asks for options without saying which: annotate them with a dataclass, "
-            "whose fields are then the keys of model.loss.params"
-        )
-    return Surrogate(function, wants, *row, options=options, **flags)
+    return Surrogate(function, wants, *row, options=_options(name, function), **flags)
+
+
+def _options(name: str, function: Callable[..., Tensor]) -> type | None:
+    """Returns the dataclass that a function annotates `options` with; None where it does not ask for them."""
+    asked = inspect.signature(function).parameters.get("options")
+    if asked is None:
+        return None
+    kind = asked.annotation
+    if isinstance(kind, str):  # from __future__ import annotations
+        kind = vars(sys.modules[function.__module__]).get(kind)
+    if isinstance(kind, type) and is_dataclass(kind):
+        return kind
+    raise ConfigError(
+        f"surrogate {name!r} asks for options without saying which: annotate them with a dataclass of its "
+        "module, whose fields are then the keys of model.loss.params"
+    )

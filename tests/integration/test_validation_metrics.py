@@ -11,7 +11,7 @@ import torch
 import yaml
 from fits import data, module, rollout, trainer
 from models import save_tiny
-from torchmetrics import MeanMetric, Metric
+from torchmetrics import MeanMetric, Metric, MetricCollection
 
 from grpo_lightning import SamplingParams
 from grpo_lightning.callbacks import PassAtK, ValidationConfig
@@ -40,6 +40,17 @@ def test_pass_at_k_is_the_mean_over_all_choices_of_k(k):
     assert float(metric.compute()) == pytest.approx(sum(exact) / len(exact))
     with pytest.raises(ConfigError, match=r"PassAtK\.k is 0"):
         PassAtK(0)
+
+
+def test_metrics_that_cannot_be_updated_are_refused_before_anything_is_sampled():
+    with pytest.raises(
+        ConfigError, match=r"validation\.metrics\.x \(MeanMetric\): its update asks for 'value'"
+    ):
+        rollout(validation=sampled(x=MeanMetric()))
+    with pytest.raises(ConfigError, match=r"PassAtK\.k is 8, but rollout\.validation\.num_generations is 4"):
+        rollout(validation=sampled(x=PassAtK(8)))
+    with pytest.raises(ConfigError, match=r"metrics\.x is a MetricCollection; it must be"):
+        rollout(validation=sampled(x=MetricCollection([PassAtK(1)])))
 
 
 class Longest(Metric):

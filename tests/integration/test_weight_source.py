@@ -161,3 +161,10 @@ def test_a_module_or_engine_of_tokens_alone_refuses_images(folder, tmp_path):
     m.reads_model_inputs = True
     with pytest.raises(EngineError, match=r"prompt 0 of rollout 0 has model inputs .* use VLLMEngine"):
         trainer(tmp_path / "hf", rollout()).fit(m, Images())
+
+
+def test_prompts_of_text_and_of_images_may_be_joined():
+    text = PromptBatch(prompts=["a"], prompt_ids=[[5]], columns={}, uids=[0])
+    image = PromptBatch(prompts=["b"], prompt_ids=[[6]], columns={}, uids=[1], model_inputs=[{"image": 1}])
+    assert PromptBatch.join([text, image]).model_inputs == [{}, {"image": 1}]
+    assert PromptBatch.join([text, text]).model_inputs == []

@@ -16,6 +16,7 @@ from grpo_lightning.losses import RECIPES, LossConfig, policy_loss, register_sur
 from grpo_lightning.losses.config import OPTIONS
 from grpo_lightning.losses.custom_check import check_surrogate
 from grpo_lightning.losses.surrogate_table import SURROGATES
+from grpo_lightning.losses.surrogates import ClipOptions
 from grpo_lightning.policy.finite_checks import finite
 from grpo_lightning.policy.policy import Policy
 from grpo_lightning.rewards.suite import Rewards
@@ -297,6 +298,8 @@ def test_options_of_a_surrogate_of_your_own():
         LossConfig("mine.walled", params={"hight": 1.0})
     with pytest.raises(ConfigError, match=r"model\.loss\.params: height is -1\.0; it must be > 0"):
         LossConfig("mine.walled", params={"height": -1.0})
+    with pytest.raises(ConfigError, match=r"model\.loss\.params\.height is nan"):
+        LossConfig("mine.walled", params={"height": NAN})
     with pytest.raises(ConfigError, match="surrogate 'ppo_clip' reads none; remove it"):
         LossConfig("dapo", params={"height": 1.0})
     with pytest.raises(ConfigError, match=r"'mine\.none' asks for options without saying which"):
@@ -314,3 +317,26 @@ def test_options_are_declared_beside_one_surrogate_and_are_keys_of_the_loss(kind
         f.name for o in OPTIONS if not issubclass(o, kind) and not issubclass(kind, o) for f in fields(o)
     }
     assert not own & others
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wider(ClipOptions):
+    extra: float = 1.0
+
+
+def widened(ratio, advantages, options: "Wider"):
+    return -advantages * ratio.clamp(max=1 + options.extra * options.clip_high)
+
+
+@pytest.mark.usefixtures("tables")
+def test_options_that_inherit_ours_take_them_from_the_config():
+    register_surrogate("mine.widened")(widened)
+    check_surrogate(LossConfig("mine.widened", params={"extra": 2.0}))
+    config = LossConfig("mine.widened", clip_high=0.3, params={"extra": 2.0}).resolve()
+    made = config.surrogate_row.options_of(config)
+    assert (made.clip_high, made.extra) == (0.3, 2.0)
+    with pytest.raises(ConfigError, match="params has 'clip_high'"):
+        LossConfig("mine.widened", params={"clip_high": 2.0})
+    register_surrogate("mine.late", required=("width",))(widened)
+    with pytest.raises(ConfigError, match=r"requirement for 'width', which is no key of model\.loss"):
+        LossConfig("mine.late")
