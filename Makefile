@@ -39,9 +39,7 @@ test: lint
 	rm -f .coverage
 	$(PYTEST) -m "$(HERE) and not slow"
 test-slow: setup
-	$(PYTEST) -m "$(HERE) and slow" --ignore tests/unit/test_losses.py
-	@# In a process of its own: it holds every detached tensor, and fails where an unknown test has run before it.
-	$(BIN)/python -m pytest -m slow tests/unit/test_losses.py
+	$(PYTEST) -m "$(HERE) and slow"
 test-all:
 	$(MAKE) test
 	$(MAKE) test-slow

@@ -16,7 +16,7 @@ from grpo_lightning.losses.surrogates.completions import FipoOptions, GmpoOption
 from grpo_lightning.losses.surrogates.covariance import CovarianceOptions
 from grpo_lightning.losses.surrogates.divergence import DppoOptions
 from grpo_lightning.losses.surrogates.options import SurrogateOptions
-from grpo_lightning.utils.ranges import Bound, check_numbers
+from grpo_lightning.utils.ranges import Bound, check_numbers, not_negative
 
 COMMON_DEFAULTS: Mapping[str, float | str] = {
     "clip_low": 0.2,
@@ -212,12 +212,11 @@ class LossConfig(
         masked = weighted or self.off_policy_threshold is not None or self.top_entropy_quantile < 1
         return [
             *(bound for kind in OPTIONS for bound in kind.bounds(self)),
-            ("kl_coef", self.kl_coef >= 0, ">= 0"),
+            *not_negative(self, "kl_coef", "entropy_coef"),
             ("kl_in", self.kl_in in ("loss", "reward"), "loss or reward"),
             ("kl_estimator", not (self.kl_loss_coef and k1_alone), "k2, k3 or used with kl_bias_correction"),
             ("kl_coef", self.kl_coef > 0 or self.adaptive_kl is None, "> 0 for adaptive_kl to act on"),
             ("top_entropy_quantile", 0 < self.top_entropy_quantile <= 1, "in (0, 1]"),
-            ("entropy_coef", self.entropy_coef >= 0, ">= 0"),
             (
                 "surrogate",
                 not (whole and masked),

@@ -69,6 +69,7 @@ def policy_loss(
         ConfigError: advantages differ within completions, and the loss needs one for each.
     """
     config = config.resolve()
+    _check(batch, config)
     segments = Segments.of(batch)
     kl_coef = config.kl_coef if kl_coef is None else kl_coef
     entropy_coef = config.entropy_coef if entropy_coef is None else entropy_coef
@@ -90,15 +91,6 @@ def policy_loss(
         "segments": segments,
         "config": config,
     }
-    if batch.token_advantages and (reason := config.needs_completion_advantages):
-        raise ConfigError(
-            f"model.loss: {reason} needs one advantage for each completion, and this batch has one for each "
-            "token; take model.loss.name: dapo or another loss of tokens"
-        )
-    if config.surrogate_row.needs_old and batch.selected is None:
-        raise ValueError(
-            f"{config.surrogate} needs the optimizer step's selection, made from old log-probabilities"
-        )
     objective = config.surrogate_row(**inputs)
     if config.surrogate_row.whole_groups:
         loss = objective / max(batch.normalizers.groups, 1)
@@ -115,6 +107,18 @@ def policy_loss(
             loss = loss + kl_coef * (weights * kl).sum()
     loss, more = _with_entropy(loss, entropy, entropy_coef, batch, segments)
     return LossOutput(loss, stats | more | {"loss": reduced("sum", loss)})
+
+
+def _check(batch: RolloutBatch, config: LossConfig) -> None:
+    if batch.token_advantages and (reason := config.needs_completion_advantages):
+        raise ConfigError(
+            f"model.loss: {reason} needs one advantage for each completion, and this batch has one for each "
+            "token; take model.loss.name: dapo or another loss of tokens"
+        )
+    if config.surrogate_row.needs_old and batch.selected is None:
+        raise ValueError(
+            f"{config.surrogate} needs the optimizer step's selection, made from old log-probabilities"
+        )
 
 
 def _old(logprobs: Tensor, batch: RolloutBatch, config: LossConfig) -> tuple[Tensor, bool]:

@@ -116,6 +116,7 @@ class PolicyModule(TrainerSupport, AsksForCheckpoints):
         if stage == "fit" and self._trainer is not None:
             check_options(self)
             check_precision(self.trainer.precision, self.lora, self.model_kwargs)
+            self.kernels.chosen(self.trainer.strategy.root_device)
 
     @property
     def model_path(self) -> str:

@@ -36,6 +36,18 @@ def check_numbers(
             raise ConfigError(f"{where}.{key} is {table[key]}; it must be {allowed}")
 
 
+def positive(options: Any, *keys: str) -> list[Bound]:
+    """Returns the bounds of attributes that must be above 0, or null."""
+    values = ((key, getattr(options, key)) for key in keys)
+    return [(key, value is None or value > 0, "> 0") for key, value in values]
+
+
+def not_negative(options: Any, *keys: str) -> list[Bound]:
+    """Returns the bounds of attributes that must be 0 or above, or null."""
+    values = ((key, getattr(options, key)) for key in keys)
+    return [(key, value is None or value >= 0, ">= 0") for key, value in values]
+
+
 def _table(options: Any) -> Mapping[str, Any]:
     if is_dataclass(options):
         return {f.name: getattr(options, f.name) for f in fields(options)}

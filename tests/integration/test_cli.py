@@ -175,6 +175,10 @@ REFUSED = {
         {"model.kernels": 3},
         "model.kernels is 3; it must be a mapping with any of head, attention",
     ),
+    "graphs": (
+        {"model.kernels": {"graphs": True}},
+        "model.kernels.graphs is 'on', but the model is on cpu; take auto or off",
+    ),
     "not a number": ({"trainer.gradient_clip_val": float("nan")}, "trainer.gradient_clip_val is nan"),
     "no checkpoint": (
         {"ckpt_path": "nowhere.ckpt"},

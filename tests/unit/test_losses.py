@@ -1,5 +1,4 @@
 from dataclasses import replace
-from threading import get_ident
 
 import pytest
 import torch
@@ -389,17 +388,13 @@ def test_ratio_one_is_reinforce(name, level):
 
 def frozen_difference(loss, lp, monkeypatch, step=1e-6):
     """Central differences of `loss` at `lp` with everything detached held at its value there."""
-    held, real, here = [], torch.Tensor.detach, get_ident()
-
-    def detached(of):  # other tests may have left threads that detach too
-        monkeypatch.setattr(torch.Tensor, "detach", lambda x: of(x) if get_ident() == here else real(x))
-
-    detached(lambda x: held.append(real(x)) or held[-1])
+    held, real = [], torch.Tensor.detach
+    monkeypatch.setattr(torch.Tensor, "detach", lambda x: held.append(real(x)) or held[-1])
     loss(lp)
 
     def at(x):
         values = iter(held)
-        detached(lambda _: next(values))
+        monkeypatch.setattr(torch.Tensor, "detach", lambda _: next(values))
         return loss(x)
 
     slopes = []

@@ -288,6 +288,7 @@ def state():
         "cwd": os.getcwd(),
         "dtype": torch.get_default_dtype(),
         "device": torch.get_default_device(),
+        "modes": torch._C._len_torch_function_stack(),
         "threads": torch.get_num_threads(),
         "grad": torch.is_grad_enabled(),
         "precision": torch.get_float32_matmul_precision(),

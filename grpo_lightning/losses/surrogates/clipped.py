@@ -8,7 +8,7 @@ from torch import Tensor
 
 from grpo_lightning.losses.surrogate_table import register_surrogate
 from grpo_lightning.losses.surrogates.options import ClipOptions, SurrogateOptions
-from grpo_lightning.utils.ranges import Bound
+from grpo_lightning.utils.ranges import Bound, not_negative, positive
 
 TOKEN = ("token",)
 TOKEN_OR_SEQUENCE_TOKEN = ("token", "sequence_token")
@@ -88,10 +88,7 @@ class SapoOptions(SurrogateOptions):
 
     def bounds(self) -> list[Bound]:
         """Returns what each option has to be."""
-        return [
-            ("sapo_tau_pos", self.sapo_tau_pos > 0, "> 0"),
-            ("sapo_tau_neg", self.sapo_tau_neg > 0, "> 0"),
-        ]
+        return positive(self, "sapo_tau_pos", "sapo_tau_neg")
 
 
 @register_surrogate(
@@ -120,7 +117,7 @@ class DroOptions(SurrogateOptions):
 
     def bounds(self) -> list[Bound]:
         """Returns what each option has to be."""
-        return [("dro_coef", (self.dro_coef or 0) >= 0, ">= 0")]
+        return not_negative(self, "dro_coef")
 
 
 @register_surrogate(

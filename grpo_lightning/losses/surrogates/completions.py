@@ -10,7 +10,7 @@ from grpo_lightning.losses.completion_sums import Segments
 from grpo_lightning.losses.surrogate_table import register_surrogate
 from grpo_lightning.losses.surrogates.clipped import TOKEN, either, ppo_clip
 from grpo_lightning.losses.surrogates.options import ClipOptions, SurrogateOptions
-from grpo_lightning.utils.ranges import Bound
+from grpo_lightning.utils.ranges import Bound, not_negative, positive
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,8 +31,7 @@ class VespoOptions(SurrogateOptions):
 
     def bounds(self) -> list[Bound]:
         """Returns what each option has to be."""
-        names = ("vespo_k_pos", "vespo_lambda_pos", "vespo_k_neg", "vespo_lambda_neg")
-        return [(name, getattr(self, name) >= 0, ">= 0") for name in names]
+        return not_negative(self, "vespo_k_pos", "vespo_lambda_pos", "vespo_k_neg", "vespo_lambda_neg")
 
 
 @register_surrogate(
@@ -87,10 +86,7 @@ class GmpoOptions(SurrogateOptions):
 
     def bounds(self) -> list[Bound]:
         """Returns what each option has to be."""
-        return [
-            ("log_clip_low", self.log_clip_low >= 0, ">= 0"),
-            ("log_clip_high", self.log_clip_high >= 0, ">= 0"),
-        ]
+        return not_negative(self, "log_clip_low", "log_clip_high")
 
 
 @register_surrogate(
@@ -127,8 +123,8 @@ class FipoOptions(ClipOptions):
         """Returns what each option has to be."""
         return [
             ("fipo_gamma", 0 < self.fipo_gamma <= 1, "in (0, 1]"),
-            ("fipo_range", self.fipo_range >= 0, ">= 0"),
-            ("fipo_rho_max", self.fipo_rho_max > 0, "> 0"),
+            *not_negative(self, "fipo_range"),
+            *positive(self, "fipo_rho_max"),
         ]
 
 
@@ -165,7 +161,7 @@ class RealOptions(SurrogateOptions):
 
     def bounds(self) -> list[Bound]:
         """Returns what each option has to be."""
-        return [("real_tau", self.real_tau > 0, "> 0")]
+        return positive(self, "real_tau")
 
 
 @register_surrogate(

@@ -8,7 +8,7 @@ from torch import Tensor
 from grpo_lightning.losses.surrogate_table import register_surrogate
 from grpo_lightning.losses.surrogates.clipped import TOKEN, ppo_clip
 from grpo_lightning.losses.surrogates.options import ClipOptions, SurrogateOptions
-from grpo_lightning.utils.ranges import Bound
+from grpo_lightning.utils.ranges import Bound, not_negative
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +33,7 @@ class CovarianceOptions(SurrogateOptions):
         return [
             ("cov_frac", 0 < self.cov_frac <= 1, "in (0, 1]"),
             ("cov_low", self.cov_low <= self.cov_high, "at most cov_high"),
-            ("kl_cov_coef", self.kl_cov_coef >= 0, ">= 0"),
+            *not_negative(self, "kl_cov_coef"),
         ]
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from grpo_lightning.losses.surrogate_table import register_surrogate
 from grpo_lightning.losses.surrogates.clipped import TOKEN
 from grpo_lightning.losses.surrogates.options import SurrogateOptions
-from grpo_lightning.utils.ranges import Bound
+from grpo_lightning.utils.ranges import Bound, not_negative, positive
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,11 +37,7 @@ class DppoOptions(SurrogateOptions):
 
     def bounds(self) -> list[Bound]:
         """Returns what each option has to be."""
-        return [
-            ("dppo_weight_max", self.dppo_weight_max > 0, "> 0"),
-            ("dppo_low", (self.dppo_low or 0) >= 0, ">= 0"),
-            ("dppo_high", (self.dppo_high or 0) >= 0, ">= 0"),
-        ]
+        return [*positive(self, "dppo_weight_max"), *not_negative(self, "dppo_low", "dppo_high")]
 
 
 Keep = Callable[[Tensor, Tensor, Tensor, DppoOptions], Tensor]

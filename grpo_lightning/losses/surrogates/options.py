@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-from grpo_lightning.utils.ranges import Bound
+from grpo_lightning.utils.ranges import Bound, not_negative
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +46,6 @@ class ClipOptions(SurrogateOptions):
         above = f"null or above 1 + clip_high = {1 + high:g}, or it would also cut positive advantages"
         return [
             ("clip_low", 0 <= low <= 1, "in [0, 1]; 1 does not clip below"),
-            ("clip_high", high >= 0, ">= 0"),
+            *not_negative(self, "clip_high"),
             ("dual_clip", self.dual_clip is None or self.dual_clip > 1 + high, above),
         ]
