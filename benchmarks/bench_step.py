@@ -36,7 +36,7 @@ class Piece(NamedTuple):
 
     name: str
     kernels: dict[str, str]
-    parts: int = 1
+    micro_batches: int = 1
     layout: str = "packed"
     adapters: torch.dtype = torch.float32
     """of this row alone"""
@@ -45,7 +45,7 @@ class Piece(NamedTuple):
 
 
 PIECES = (
-    Piece("padded, PEFT, torch head, 4 parts", {}, 4, "padded"),
+    Piece("padded, PEFT, torch head, 4 micro-batches", {}, 4, "padded"),
     Piece("+ Triton head and loss", {"head": "on", "loss": "on"}, 4, "padded"),
     Piece("+ packed, prompts copied", {"attention": "on"}, 4),
     Piece("  the same, adapters kept in bf16", {}, 4, adapters=torch.bfloat16),
@@ -58,11 +58,11 @@ PIECES = (
     Piece("+ shared prompts", {"shared_prompts": "on"}),
     Piece("  the same, compiled layers", {}, alone={"compile": "on"}),
     Piece("+ CUDA graphs", {"graphs": "on"}),
-    Piece("  the same in 4 parts", {}, 4),
+    Piece("  the same in 4 micro-batches", {}, 4),
 )
 
 
-def step_of(policy: Policy, batch: RolloutBatch, parts: int) -> Callable[[], None]:
+def step_of(policy: Policy, batch: RolloutBatch, micro_batches: int) -> Callable[[], None]:
     """Returns what runs one step."""
     adapters = list(policy.trainable().values())
     loss_kernel = "triton" if policy.prepared.chosen["loss"] else "torch"
@@ -70,9 +70,10 @@ def step_of(policy: Policy, batch: RolloutBatch, parts: int) -> Callable[[], Non
     def step() -> None:
         for p in adapters:
             p.grad = None
-        for part in batch.split(parts):
-            logprobs, entropy, _ = policy.logprobs(part)
-            policy_loss(logprobs, part, LossConfig("dapo"), entropy, backend=loss_kernel).loss.backward()
+        for micro_batch in batch.split(micro_batches):
+            logprobs, entropy, _ = policy.logprobs(micro_batch)
+            out = policy_loss(logprobs, micro_batch, LossConfig("dapo"), entropy, backend=loss_kernel)
+            out.loss.backward()
 
     return step
 
@@ -104,7 +105,7 @@ def measure(
         from peers.trl_step import trl_step
 
         run_trl = trl_step(make_model(shape, device), batch, 4)
-        rows |= race({"TRL 1.16's own step, 4 parts (imported)": run_trl}, device, repeats)
+        rows |= race({"TRL 1.16's own step, 4 micro-batches (imported)": run_trl}, device, repeats)
         del run_trl
     model = make_model(shape, device)
     chosen, reference = dict(OFF), None
@@ -121,7 +122,9 @@ def measure(
         policy.prepare(KernelConfig(**chosen | (piece.alone or {})), device)
 
         with adapters_in(policy, piece.adapters):
-            name, run, row = in_parts_that_fit(piece.name, piece.parts, policy, batch, device, repeats)
+            name, run, row = in_micro_batches_that_fit(
+                piece.name, piece.micro_batches, policy, batch, device, repeats
+            )
             rows[name] = row
             if "failed" in row:
                 continue
@@ -131,7 +134,9 @@ def measure(
         row["gradient_error"] = ((found - reference).norm() / reference.norm()).item()
     half = make_rollout(WORKLOADS[work], SHAPES[shape]["vocab_size"], dead=0.5).to(device)
     alive = half.without_groups(half.zero_variance_groups())
-    name, _, row = in_parts_that_fit("half of the groups dead, skipped", 1, policy, alive, device, repeats)
+    name, _, row = in_micro_batches_that_fit(
+        "half of the groups dead, skipped", 1, policy, alive, device, repeats
+    )
     rows[name] = row
     return {
         "rows": rows,
@@ -141,13 +146,13 @@ def measure(
     }
 
 
-def in_parts_that_fit(
+def in_micro_batches_that_fit(
     name: str, least: int, policy: Policy, batch: RolloutBatch, device: torch.device, repeats: int
 ) -> tuple[str, Callable[[], None], dict[str, Any]]:
-    """Returns the row of the fewest parts, from `least` on, that fit into memory; its name tells if more."""
-    for parts in (least, *(n for n in (2, 4, 8, 16, 32) if n > least)):
-        label = name if parts == least else f"{name} (out of memory; in {parts})"
-        run = step_of(policy, batch, parts)
+    """Returns the row of the fewest micro-batches, `least` or more, that fit; its name says so."""
+    for micro_batches in (least, *(n for n in (2, 4, 8, 16, 32) if n > least)):
+        label = name if micro_batches == least else f"{name} (out of memory; in {micro_batches})"
+        run = step_of(policy, batch, micro_batches)
         row = race({label: run}, device, repeats)[label]
         if "OutOfMemory" not in row.get("failed", ""):
             break

@@ -61,7 +61,7 @@ class Split:
 
     name: str
     micro_batches: int
-    windows: int
+    optimizer_steps: int
     rows: list[list[int]]
 
 
@@ -93,9 +93,9 @@ def compare_trl(cell: Cell, cases: list[Case], metrics: dict[tuple[Cell, str], f
     config = accepted(cell.ours, ConfigError)
     rows: list[Row] = []
     for split in SPLITS:
-        if split.windows > 1 and not cell.extra.windows:
+        if split.optimizer_steps > 1 and not cell.extra.optimizer_steps:
             continue
-        build = partial(trl_loss.trainer, cell.trl(), split.micro_batches, split.windows)
+        build = partial(trl_loss.trainer, cell.trl(), split.micro_batches, split.optimizer_steps)
         peer, row = accepted(build, ValueError), Row(cell, split.name)
         rows.append(row)
         if peer is None or config is None:
@@ -104,7 +104,7 @@ def compare_trl(cell: Cell, cases: list[Case], metrics: dict[tuple[Cell, str], f
             continue
         for case in map(cell.extra.change, cases):
             b = trl_loss.trl_loss(peer, case)
-            a = our_loss(case, config, split.rows, split.windows)
+            a = our_loss(case, config, split.rows, split.optimizer_steps)
             row.value = max(row.value, gap(a.value, b.value))
             row.grad = max(row.grad, gap(a.grad, b.grad), gap(a.entropy_grad, b.entropy_grad))
             for name in a.metrics.keys() & b.metrics.keys() if split.name == "whole" else ():

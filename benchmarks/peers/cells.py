@@ -45,7 +45,7 @@ class Extra:
     modes: tuple[str | None, ...] = ("token_truncate",)
     losses: tuple[str, ...] = LOSSES
     levels: tuple[str, ...] = ("token",)
-    windows: bool = True
+    optimizer_steps: bool = True
     """whether TRL can spread the rollout over two optimizer steps with it"""
 
 
@@ -211,7 +211,7 @@ EXTRAS = (
         change=lambda c: replace(c, old=None),
         modes=(None,),
         levels=LEVELS,
-        windows=False,
+        optimizer_steps=False,
     ),
     Extra(
         TRUNCATED,

@@ -1,4 +1,4 @@
-"""Our side of conformance.py: the packed loss of a window, in any number of micro-batches."""
+"""Our side of conformance.py: the packed loss of an optimizer step, in any number of micro-batches."""
 
 from __future__ import annotations
 
@@ -25,22 +25,24 @@ class Answer:
     metrics: dict[str, float] = field(default_factory=dict)
 
 
-def our_loss(case: Case, config: LossConfig, rows: Sequence[Sequence[int]], windows: int = 1) -> Answer:
-    """Returns the sum over windows of our loss.
+def our_loss(
+    case: Case, config: LossConfig, rows: Sequence[Sequence[int]], optimizer_steps: int = 1
+) -> Answer:
+    """Returns the sum over optimizer steps of our loss.
 
     Args:
         case: the rollout.
         config: the recipe.
         rows: the completions of each micro-batch.
-        windows: optimizer steps that the micro-batches are dealt to, in order.
+        optimizer_steps: optimizer steps that the micro-batches are dealt to, in order.
     """
     kept = case.kept
     logprobs = case.logprobs[kept].clone().requires_grad_()
     entropy = case.entropy[kept].clone().requires_grad_()
     whole, total, stats = case.batch(), torch.zeros((), dtype=logprobs.dtype), list[dict[str, Stat]]()
-    each = len(rows) // windows
-    for w in range(windows):
-        for part in _window(whole, rows[w * each : (w + 1) * each], config):
+    each = len(rows) // optimizer_steps
+    for w in range(optimizer_steps):
+        for part in _optimizer_step(whole, rows[w * each : (w + 1) * each], config):
             mine = part.tokens
             out = policy_loss(logprobs[mine], part.batch, config, entropy[mine])
             total = total + out.loss
@@ -59,8 +61,8 @@ class _Part:
     tokens: Tensor  # [N] of the part, into the tokens of the rollout
 
 
-def _window(whole: RolloutBatch, rows: Sequence[Sequence[int]], config: LossConfig) -> list[_Part]:
-    """Returns one window's micro-batches, which carry its counts and the selections made over all of it."""
+def _optimizer_step(whole: RolloutBatch, rows: Sequence[Sequence[int]], config: LossConfig) -> list[_Part]:
+    """Returns the micro-batches of one optimizer step, with its counts and the selections made over it."""
     inside = whole.take(sorted(s for part in rows for s in part))
     normalizers = replace(
         whole.normalizers,

@@ -92,21 +92,21 @@ def _parts() -> tuple[str, PreTrainedTokenizerFast]:
     return folder, PreTrainedTokenizerFast(tokenizer_object=words, **names)
 
 
-def trainer(options: Options, micro_batches: int = 1, windows: int = 1) -> Peer:
+def trainer(options: Options, micro_batches: int = 1, optimizer_steps: int = 1) -> Peer:
     """Returns a trainer for rollouts of `ROWS` completions; raises what TRL's constructor raises.
 
     Args:
         options: arguments of `GRPOConfig`.
         micro_batches: accumulated per optimizer step.
-        windows: optimizer steps per rollout.
+        optimizer_steps: optimizer steps per rollout.
     """
     folder, tokenizer = _parts()
     module.VLLMGeneration = NoEngine
     settings: Options = {
         "output_dir": folder,
-        "per_device_train_batch_size": ROWS // (micro_batches * windows),
+        "per_device_train_batch_size": ROWS // (micro_batches * optimizer_steps),
         "gradient_accumulation_steps": micro_batches,
-        "steps_per_generation": micro_batches * windows,
+        "steps_per_generation": micro_batches * optimizer_steps,
         "num_generations": GROUP,
         "max_completion_length": MAX_TOKENS,
         "pad_to_multiple_of": WIDTH_MULTIPLE,

@@ -133,7 +133,7 @@ TRL_REASONS = (
         lambda x, split: x.loss == "bnpo" and split == "other parts",
     ),
     Reason(
-        "window-count",
+        "step-count",
         "A rollout that feeds several optimizer steps: TRL divides each step by the rollout's tokens over "
         "the number of steps, we by the tokens of that step.",
         FROM_TRL,

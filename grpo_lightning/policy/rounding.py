@@ -61,8 +61,10 @@ def _noisy(x: Any, eps: float, generator: torch.Generator) -> Any:
     if not isinstance(x, Tensor) or not x.is_floating_point():
         return x
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-    u = torch.rand(x.shape, dtype=wide, device=x.device, generator=generator) - 0.5
-    return torch.addcmul(x.to(wide), x.to(wide), u, value=eps).to(x.dtype)
+    bits = torch.empty(-(-x.numel() // 4), dtype=torch.int64, device=x.device)
+    bits.random_(-(2**63), None, generator=generator)  # four numbers of 16 bits each: drawing is what costs
+    u = bits.view(torch.int16)[: x.numel()].view(x.shape).to(wide).add_(0.5)
+    return torch.addcmul(x.to(wide), x.to(wide), u, value=eps / 2**16).to(x.dtype)
 
 
 def head_logprobs(policy: Policy, hidden: Tensor, batch: RolloutBatch) -> Tensor:

@@ -120,11 +120,11 @@ def _factors(data, numbers, rules, whole, t, FOLDED: tl.constexpr, TOP: tl.const
 
 
 @triton.jit
-def _objective(data, numbers, rules, whole, t, rho):
+def _surrogate(data, numbers, rules, whole, t, rho):
     selected = tl.zeros_like(t.logp)
     if data.selected is not None:
         selected = tl.load(data.selected + t.n, mask=t.here, other=0).to(tl.float32)
-    return rules.objective(t.A, rho, t.d, t.logp, t.old, selected, whole.reach, whole.length, numbers.own)
+    return rules.surrogate(t.A, rho, t.d, t.logp, t.old, selected, whole.reach, whole.length, numbers.own)
 
 
 @triton.jit
@@ -167,7 +167,7 @@ def _tokens(
         t = _token(data, start, end, BYPASS, BLOCK)
         rho = rules.level(t.d, whole.moved / length)
         factor, kept, trains = _factors(data, numbers, rules, whole, t, FOLDED, TOP)
-        value, by_rho, by_logp, by_reach, said = _objective(data, numbers, rules, whole, t, rho)
+        value, by_rho, by_logp, by_reach, said = _surrogate(data, numbers, rules, whole, t, rho)
         policy += _total(factor * value, t.here)
         by_whole += _total(factor * by_reach, t.here)
         through, direct = factor * by_rho, factor * by_logp

@@ -54,7 +54,7 @@ class Numbers(NamedTuple):
 class Rules(NamedTuple):
     """Device functions, and None for what is not computed."""
 
-    objective: Any
+    surrogate: Any
     reach: Any
     level: Any
     span: Any
@@ -64,7 +64,6 @@ class Rules(NamedTuple):
 
 def why_not(config: LossConfig) -> str | None:
     """Returns what of a resolved config the kernel does not cover, or None."""
-    objective = config.surrogate_row
     tables = {
         "surrogate": (config.surrogate, SURROGATE_RULES),
         "ratio_level": (config.ratio_level, LEVELS),
@@ -73,7 +72,7 @@ def why_not(config: LossConfig) -> str | None:
         "correction.mode": (config.correction.mode, MODES),
     }
     missing = [f"{key} {name!r}" for key, (name, table) in tables.items() if name not in table]
-    if not missing and not objective.ours:
+    if not missing and not config.surrogate_row.ours:
         missing = [f"surrogate {config.surrogate!r}, which is not the library's own"]
     return ", ".join(missing) or None
 
@@ -91,7 +90,7 @@ def choose(config: LossConfig, batch: RolloutBatch) -> Choice:
     correction, estimator = config.correction, str(config.kl_estimator)
     known = config.kl_coef != 0 and batch.ref_logprobs is not None
     rules = Rules(
-        objective=row.function,
+        surrogate=row.function,
         reach=row.reach,
         level=level.function,
         span=SPANS[correction.level],
