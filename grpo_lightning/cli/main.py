@@ -13,6 +13,8 @@ from typing import Any, NoReturn
 
 import lightning.pytorch as pl
 import yaml
+from jsonargparse import Namespace
+from lightning.pytorch import strategies
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 
 from grpo_lightning.callbacks.health import Health
@@ -139,7 +141,13 @@ class CLI(LightningCLI):
 
     def _parse_ckpt_path(self) -> None:
         """Checks what was parsed; Lightning would let the checkpoint's values win over the command line's."""
-        check_config(self.config[self.config.subcommand])
+        config = self.config[self.config.subcommand]
+        name = config.trainer.strategy
+        if isinstance(name, str) and ("." in name or isinstance(getattr(strategies, name, None), type)):
+            # the parser leaves a class path without arguments as text, which the Trainer takes for a name
+            path = name if "." in name else f"{strategies.__name__}.{name}"
+            config.trainer.strategy = Namespace(class_path=path)
+        check_config(config)
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         """Looks for `last` and `auto` before anything else."""

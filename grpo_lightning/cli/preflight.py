@@ -13,6 +13,7 @@ from lightning.pytorch.strategies import SingleDeviceStrategy
 from grpo_lightning.callbacks.rollout import RolloutCallback
 from grpo_lightning.data.loader import check_enough
 from grpo_lightning.errors import ConfigError
+from grpo_lightning.modules.strategies import check_strategy, unsupported
 from grpo_lightning.policy.finite_checks import build_optimizer
 
 PROCESSES = 8
@@ -55,6 +56,12 @@ def _accumulated(value: Any, config: Mapping[str, Any]) -> str | None:
     return None if value >= 1 else "at least 1"
 
 
+def _strategy(value: Any, config: Mapping[str, Any]) -> str | None:
+    if any(kind in str(value) for kind in ("spawn", "fork", "notebook")):
+        return "ddp here: a command starts each rank as a process of its own"
+    return unsupported(str(value))
+
+
 def _checkpoint(value: Any, config: Mapping[str, Any]) -> str | None:
     known = (
         str(value) in ("last", "auto", "best", "hpc")
@@ -72,6 +79,8 @@ RULES: dict[str, Callable[[Any, Mapping[str, Any]], str | None]] = {
     "seed_everything": _seed,
     "trainer.devices": _devices,
     "trainer.num_nodes": _nodes,
+    "trainer.strategy": _strategy,
+    "trainer.strategy.class_path": _strategy,
     "trainer.accumulate_grad_batches": _accumulated,
     "ckpt_path": _checkpoint,
 }
@@ -113,6 +122,7 @@ def rehearse(trainer: pl.Trainer, module: Any, data: Any, stage: str) -> None:
     What is read, tokenised and loaded is kept: the Trainer's own calls find it done. Weights are loaded here
     only where one process trains; the ranks of several load theirs at the same time, later.
     """
+    check_strategy(trainer)
     trainer.strategy.connect(module)
     module.trainer = data.trainer = trainer
     trainer.datamodule = data  # pyright: ignore[reportAttributeAccessIssue]

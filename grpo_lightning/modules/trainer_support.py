@@ -9,6 +9,7 @@ from lightning.pytorch.utilities.compile import to_uncompiled
 from torch import Tensor
 
 from grpo_lightning.errors import ConfigError
+from grpo_lightning.modules.strategies import check_strategy
 from grpo_lightning.utils.out_of_memory import explained, explains
 from grpo_lightning.utils.telemetry import guard_loggers
 
@@ -52,10 +53,11 @@ class TrainerSupport(pl.LightningModule):
         """Adds none; it is the first hook of a run, before loggers connect and weights are loaded.
 
         Raises:
-            ConfigError: the module is compiled, a class comes from another Lightning, or a callback cannot do
-                its work.
+            ConfigError: the module is compiled, a class comes from another Lightning, or a callback or the
+                strategy cannot do its work.
         """
         trainer: Any = self.trainer
+        check_strategy(trainer)
         data = getattr(trainer, "datamodule", None)
         check_roots([self, data, trainer.strategy, *trainer.callbacks, *trainer.loggers])
         if self._compiler_ctx is not None:

@@ -58,6 +58,16 @@ def import_vllm() -> Any:
     return vllm
 
 
+def set_ranks(rank: int, local_rank: int, world_size: int) -> None:
+    """Sets the variables by which vLLM's external launcher knows its place; Lightning's sets no RANK.
+
+    Processes have found each other by then, so that nobody connects to the address.
+    """
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(local_rank), WORLD_SIZE=str(world_size))
+    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+    os.environ.setdefault("MASTER_PORT", "0")
+
+
 def packed_modules(model: Any) -> dict[str, list[str]]:
     """Returns the modules of vLLM's `model` that stack others of the checkpoint, and these in order."""
     return dict(getattr(model, "packed_modules_mapping", {}))

@@ -22,6 +22,7 @@ from grpo_lightning.engines.vllm.compat import (
     import_vllm,
     installed,
     put_weights,
+    set_ranks,
     shut_down,
 )
 from grpo_lightning.engines.vllm.session import VLLMSession
@@ -145,6 +146,8 @@ class VLLMEngine:
         began = perf_counter()
         rank_zero_info(f"starting vLLM ({self.sync_kind} sync) ...")
         with process_kept(), _named("start"), offered(self._base):
+            if context.world_size > 1:
+                set_ranks(context.rank, context.local_rank, context.world_size)
             self._llm = import_vllm().LLM(**arguments)
         self._longest = self._llm.llm_engine.model_config.max_model_len
         rank_zero_info(
