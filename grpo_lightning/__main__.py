@@ -1,5 +1,6 @@
 """`grpo-lightning`: answers --help and --version by itself; the rest is the Lightning CLI."""
 
+import os
 import sys
 
 from grpo_lightning import __version__
@@ -24,6 +25,10 @@ start here:
 Configs named here are found in the installed package where the working folder has none.
 """
 
+SPINS = "1000"
+"""rounds that a thread of torch waits on its core for the others; OpenMP's own 300,000 take the core from
+those it waits for when other work runs beside. Read when torch is loaded"""
+
 
 def main(args: list[str] | None = None) -> int:
     """Runs the command line; returns the exit code: 0 done, 1 fault, 2 usage, 130 Ctrl-C, 143 SIGTERM."""
@@ -34,6 +39,8 @@ def main(args: list[str] | None = None) -> int:
     if argv[0] in ("-V", "--version"):
         print(f"grpo-lightning {__version__}")
         return 0
+    if not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & os.environ.keys():
+        os.environ["GOMP_SPINCOUNT"] = SPINS
     from grpo_lightning.cli.main import run
 
     return run(argv)

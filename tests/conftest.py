@@ -3,6 +3,7 @@
 import os
 import shutil
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -12,6 +13,12 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import pytest  # after the thread count, which torch reads on import
 from models import save_tiny
+
+if os.environ.get("TRITON_INTERPRET") == "1":
+    with suppress(ImportError):  # Triton is for Linux
+        from interpreter import patch_once_per_launch
+
+        patch_once_per_launch()
 
 SLOW = frozenset((Path(__file__).parent / "slow_tests.txt").read_text().split())
 """functions that `make test` leaves to `make test-slow`, as file::function"""

@@ -1,5 +1,6 @@
 """The command line as a person meets it: what it says when something is wrong, and how soon."""
 
+import os
 import re
 import resource
 import subprocess
@@ -12,6 +13,8 @@ import yaml
 from commands import command, small_config
 from models import save_tiny
 from tiny import tiny_tokenizer
+
+from grpo_lightning.__main__ import main
 
 ROOT = Path(__file__).parents[2]
 
@@ -28,6 +31,22 @@ def base(model, tmp_path):
     reward = "grpo_lightning.rewards.exact_match"
     saver = {"every_n_train_steps": 1, "save_last": True}
     return small_config(tmp_path, model, reward, 2, report, chat=True, **saver)
+
+
+WAITS = [({}, "1000"), ({"GOMP_SPINCOUNT": "5"}, "5"), ({"OMP_WAIT_POLICY": "PASSIVE"}, None)]
+
+
+@pytest.mark.parametrize(("given", "spins"), WAITS)
+def test_threads_leave_their_core_to_those_they_wait_for(monkeypatch, given, spins):
+    """Unless the user has said how they wait; torch reads it when it is loaded."""
+    for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY"):
+        monkeypatch.setenv(name, "")  # so that it is put back
+        monkeypatch.delenv(name)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("grpo_lightning.cli.main.run", lambda argv: 0)
+    assert main(["fit"]) == 0
+    assert os.environ.get("GOMP_SPINCOUNT") == spins
 
 
 def call(config, tmp_path, *args, mode="fit"):
