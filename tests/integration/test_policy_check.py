@@ -17,6 +17,7 @@ from grpo_lightning import SamplingParams
 from grpo_lightning.callbacks import policy_check
 from grpo_lightning.engines import HFEngine
 from grpo_lightning.errors import EngineError, GRPOError
+from grpo_lightning.policy.rounding import random_rounding
 from grpo_lightning.policy.verification import Distances
 
 PRECISIONS = ("32-true", "bf16-true")
@@ -233,3 +234,21 @@ def test_all_ranks_stop_for_one(folders, tmp_path, masked):
     assert done.returncode == 0, done.stderr[-2000:]
     assert ends[0] == ends[1]
     assert ends[0].startswith("2 Sick does not sample")
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_random_rounding_is_uniform_and_repeats(dtype):
+    def noise(seed):
+        x = torch.ones(199, 301, dtype=dtype)
+        module = torch.nn.Linear(1, 1)
+        module.forward = lambda _: x
+        decoder = torch.nn.Sequential(module)
+        with random_rounding(decoder, 0.5, seed):
+            return (decoder(x).double() - 1) / 0.5
+
+    u = noise(1)
+    assert u.abs().max() <= 0.5
+    assert abs(u.mean()) < 0.01
+    assert u.var() == pytest.approx(1 / 12, rel=0.03)
+    assert torch.equal(u, noise(1))
+    assert not torch.equal(u, noise(2))
