@@ -5,25 +5,35 @@ at each call of a device function inside.
 """
 
 from inspect import ismodule
+from threading import local
 
 from triton.runtime import interpreter
+
+LAUNCH = local()
+"""`exchanged`: the modules whose functions the launch under way has exchanged"""
 
 
 def patch_once_per_launch() -> None:
     """Skips what is exchanged already."""
-    exchange, languages = interpreter._patch_lang, (interpreter.tl, interpreter.tl.core)
-    exchanged: set = set()
+    launch, exchange = interpreter.GridExecutor.__call__, interpreter._patch_lang
+    languages = (interpreter.tl, interpreter.tl.core)
+
+    def launched(self, *args, **kwargs):
+        LAUNCH.exchanged = set()
+        try:
+            return launch(self, *args, **kwargs)
+        finally:
+            del LAUNCH.exchanged
 
     def exchange_what_is_left(function):
+        exchanged = getattr(LAUNCH, "exchanged", None)
+        if exchanged is None:
+            return exchange(function)
         named = {x for x in function.__globals__.values() if ismodule(x) and x in languages}
         if exchanged and named <= exchanged:
-            return None
-        launched = not exchanged
-        scope = exchange(function)
+            return interpreter._LangPatchScope()
         exchanged.update(named)
-        if launched:
-            restore = scope.restore
-            scope.restore = lambda: (restore(), exchanged.clear())
-        return scope
+        return exchange(function)
 
+    interpreter.GridExecutor.__call__ = launched
     interpreter._patch_lang = exchange_what_is_left

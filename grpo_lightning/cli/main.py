@@ -13,7 +13,6 @@ from typing import Any, NoReturn
 
 import lightning.pytorch as pl
 import yaml
-from jsonargparse import Namespace
 from lightning.pytorch import strategies
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 
@@ -141,12 +140,14 @@ class CLI(LightningCLI):
 
     def _parse_ckpt_path(self) -> None:
         """Checks what was parsed; Lightning would let the checkpoint's values win over the command line's."""
-        config = self.config[self.config.subcommand]
-        name = config.trainer.strategy
+        subcommand = str(self.config.subcommand)
+        config = self.config[subcommand]
+        name = (config.get("trainer") or {}).get("strategy")
         if isinstance(name, str) and ("." in name or isinstance(getattr(strategies, name, None), type)):
             # the parser leaves a class path without arguments as text, which the Trainer takes for a name
             path = name if "." in name else f"{strategies.__name__}.{name}"
-            config.trainer.strategy = Namespace(class_path=path)
+            named = {"trainer": {"strategy": {"class_path": path}}}
+            self.config[subcommand] = config = self._parser(subcommand).parse_object(named, config)
         check_config(config)
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:

@@ -57,8 +57,6 @@ def _accumulated(value: Any, config: Mapping[str, Any]) -> str | None:
 
 
 def _strategy(value: Any, config: Mapping[str, Any]) -> str | None:
-    if any(kind in str(value) for kind in ("spawn", "fork", "notebook")):
-        return "ddp here: a command starts each rank as a process of its own"
     return unsupported(str(value))
 
 
@@ -123,6 +121,10 @@ def rehearse(trainer: pl.Trainer, module: Any, data: Any, stage: str) -> None:
     only where one process trains; the ranks of several load theirs at the same time, later.
     """
     check_strategy(trainer)
+    if getattr(trainer.strategy, "_start_method", None) == "spawn":
+        raise ConfigError(
+            "trainer.strategy starts ranks by spawn, to which a command's objects cannot be sent; take ddp"
+        )
     trainer.strategy.connect(module)
     module.trainer = data.trainer = trainer
     trainer.datamodule = data  # pyright: ignore[reportAttributeAccessIssue]

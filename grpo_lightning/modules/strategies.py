@@ -1,11 +1,15 @@
 """Which strategies of Lightning train here: those that keep the weights whole, and average gradients."""
 
 import lightning.pytorch as pl
-from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy
 from lightning.pytorch.strategies.single_xla import SingleDeviceXLAStrategy
+from lightning.pytorch.strategies.xla import XLAStrategy
 
 from grpo_lightning.errors import ConfigError
 
+TRAINS = SingleDeviceStrategy, DDPStrategy
+OTHERS = DeepSpeedStrategy, XLAStrategy, SingleDeviceXLAStrategy
+"""subclasses of those above that do something else"""
 INSTEAD = "ddp, by name or as DDPStrategy with init_args"
 UNSUPPORTED = {
     "modelparallel": "weights in shards (FSDP2, tensor parallel) are not supported",
@@ -13,12 +17,14 @@ UNSUPPORTED = {
     "deepspeed": "weights in shards are not supported",
     "xla": "kernels and engines need an NVIDIA GPU or a CPU",
 }
-"""part of a strategy's name -> why it does not train here"""
+"""part of the name of one of Lightning's strategies -> why it does not train here"""
 
 
 def unsupported(name: str) -> str | None:
-    """Returns what to take in place of the strategy of that name or class path; None where it may train."""
-    last = name.rpartition(".")[2].lower()
+    """Returns what to take in place of Lightning's strategy of that name; None where it may train."""
+    package, _, last = name.lower().rpartition(".")
+    if package and not package.startswith("lightning."):  # a user's own: `check_strategy` sees its class
+        return None
     return next((f"{INSTEAD}: {why}" for part, why in UNSUPPORTED.items() if part in last), None)
 
 
@@ -28,8 +34,7 @@ def check_strategy(trainer: pl.Trainer) -> None:
     An unknown one may leave every rank with its own gradients.
     """
     strategy = trainer.strategy
-    known = isinstance(strategy, (SingleDeviceStrategy, DDPStrategy))
-    if not known or isinstance(strategy, SingleDeviceXLAStrategy):
-        name = type(strategy).__name__
-        allowed = unsupported(name) or f"{INSTEAD}, or a subclass of it"
-        raise ConfigError(f"trainer.strategy is {name}; it must be {allowed}")
+    if isinstance(strategy, OTHERS) or not isinstance(strategy, TRAINS):
+        kinds = [kind.__name__ for kind in type(strategy).__mro__]
+        allowed = next(filter(None, map(unsupported, kinds)), f"{INSTEAD}, or a subclass of it")
+        raise ConfigError(f"trainer.strategy is {kinds[0]}; it must be {allowed}")

@@ -73,10 +73,10 @@ def _determinism(m: Any) -> tuple[bool, bool]:
     return m.are_deterministic_algorithms_enabled(), m.is_deterministic_algorithms_warn_only_enabled()
 
 
-def _set_device(m: Any, before: Any) -> None:
+def _set_device(m: Any, before: tuple[Any, int]) -> None:
     m.set_default_device(None)  # any other, the CPU too, leaves a mode that every call of torch goes through
-    if m.get_default_device() != before:
-        m.set_default_device(before)
+    if m.get_default_device() != before[0]:
+        m.set_default_device(before[0])
 
 
 def _cudnn(name: str) -> _Setting:
@@ -109,7 +109,7 @@ _SETTINGS: dict[str, tuple[_Setting, ...]] = {
     "gc": (_Setting(lambda m: m.isenabled(), lambda m, v: m.enable() if v else m.disable()),),
     "torch": (
         _Setting(lambda m: m.get_default_dtype(), lambda m, v: m.set_default_dtype(v)),
-        _Setting(lambda m: m.get_default_device(), _set_device),
+        _Setting(lambda m: (m.get_default_device(), m._C._len_torch_function_stack()), _set_device),
         _Setting(lambda m: m.get_num_threads(), lambda m, v: m.set_num_threads(v)),
         _Setting(lambda m: m.is_grad_enabled(), lambda m, v: m.set_grad_enabled(v)),
         _Setting(lambda m: m.is_anomaly_enabled(), lambda m, v: m.autograd.set_detect_anomaly(v)),

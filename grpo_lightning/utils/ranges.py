@@ -37,15 +37,19 @@ def check_numbers(
 
 
 def positive(options: Any, *keys: str) -> list[Bound]:
-    """Returns the bounds of attributes that must be above 0, or null."""
-    values = ((key, getattr(options, key)) for key in keys)
-    return [(key, value is None or value > 0, "> 0") for key, value in values]
+    """Returns the bounds of attributes that must be above 0, or null where that is the field's default."""
+    return [(key, _unset(options, key) or (getattr(options, key) or 0) > 0, "> 0") for key in keys]
 
 
 def not_negative(options: Any, *keys: str) -> list[Bound]:
-    """Returns the bounds of attributes that must be 0 or above, or null."""
-    values = ((key, getattr(options, key)) for key in keys)
-    return [(key, value is None or value >= 0, ">= 0") for key, value in values]
+    """Returns the bounds of attributes that must be 0 or above, or null where that is the field's default."""
+    given = ((key, getattr(options, key)) for key in keys)
+    return [(k, _unset(options, k) or (x is not None and x >= 0), ">= 0") for k, x in given]
+
+
+def _unset(options: Any, key: str) -> bool:
+    value = getattr(options, key)
+    return value is None and any(f.name == key and f.default is None for f in fields(options))
 
 
 def _table(options: Any) -> Mapping[str, Any]:

@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[2]
 @pytest.mark.parametrize(
     ("script", "row"),
     [
-        ("bench_busy", "one thread, 6 busy loops"),
+        ("bench_busy", "one thread, 1 busy loops"),
         ("bench_head", "ours, Triton"),
         ("bench_loss_variants", "dapo"),
         ("bench_memory", "256 tokens, recomputed, inputs in host memory"),

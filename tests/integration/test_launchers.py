@@ -4,16 +4,20 @@ import os
 import socket
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import lightning.pytorch as pl
 import pytest
+import yaml
 from commands import started
 from fits import data, module, rollout
-from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, ModelParallelStrategy
+from lightning.pytorch.strategies.xla import XLAStrategy
 from models import save_tiny
 from stops import adapter, config, fit
 
 from grpo_lightning.errors import ConfigError
+from grpo_lightning.modules.strategies import check_strategy
 
 RUN = ("fit", "--config", "config.yaml")
 
@@ -106,8 +110,9 @@ REFUSED = {
     "lightning.pytorch.strategies.FSDPStrategy": "weights in shards are not supported",
     "lightning.pytorch.strategies.ModelParallelStrategy": "weights in shards (FSDP2, tensor parallel)",
     "xla": "kernels and engines need an NVIDIA GPU or a CPU",
-    "ddp_notebook": "ddp here: a command starts each rank",
-    "ddp_spawn": "ddp here: a command starts each rank",
+    "DDP_SPAWN": "starts ranks by spawn",
+    "nosuch.Thing": "nosuch.Thing",
+    "mine.Constructed": "mine.Constructed",
 }
 
 
@@ -115,8 +120,9 @@ REFUSED = {
 def test_another_strategy_is_refused_with_the_one_to_take(model, tmp_path, strategy):
     two(model, tmp_path, trainer__strategy=strategy)
     ended = fit(tmp_path)
-    assert ended.code == 2
-    assert ended.err.startswith("error: trainer.strategy")
+    assert ended.code == 2, ended.err
+    assert "error: trainer.strategy" in ended.err.replace('Parser key "', "")
+    assert "Traceback" not in ended.err
     assert REFUSED[strategy] in ended.err
     assert not (tmp_path / "run").exists()
 
@@ -138,3 +144,39 @@ def test_python_is_refused_too(model, tmp_path):
     with pytest.raises(ConfigError, match=r"trainer\.strategy is ModelParallelStrategy; it must be ddp"):
         trainer.fit(module(model), data())
     assert not list(tmp_path.iterdir())
+
+
+class MaxLatencyDDP(DDPStrategy):
+    """A user's own, with «xla» in its name."""
+
+
+@pytest.mark.parametrize("kind", [DeepSpeedStrategy, XLAStrategy])
+def test_what_lightning_derives_from_ddp_is_refused_and_a_users_own_is_not(kind):
+    """DeepSpeed itself is not installed here."""
+    own = type("Mine", (kind,), {})
+    with pytest.raises(ConfigError, match=r"trainer\.strategy is Mine; it must be ddp, by name"):
+        check_strategy(SimpleNamespace(strategy=own.__new__(own)))
+    check_strategy(SimpleNamespace(strategy=MaxLatencyDDP()))
+
+
+@pytest.mark.parametrize("form", ["text", "arguments"])
+def test_a_users_own_strategy_trains(model, tmp_path, form):
+    path = "mine.MaxLatencyDDP"
+    strategy = path if form == "text" else {"class_path": path, "init_args": {"static_graph": False}}
+    two(model, tmp_path, trainer__devices=1, trainer__max_steps=1, trainer__strategy=strategy)
+    with (tmp_path / "mine.py").open("a") as mine:
+        mine.write(
+            "\n\nfrom lightning.pytorch.strategies import DDPStrategy\n\n\n"
+            "class MaxLatencyDDP(DDPStrategy):\n    pass\n"
+        )
+    ended = fit(tmp_path)
+    assert ended.code == 0, ended.err
+
+
+def test_an_empty_section_is_refused_in_one_line(model, tmp_path):
+    written = two(model, tmp_path)
+    written["trainer"] = None
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(written))
+    ended = fit(tmp_path)
+    assert ended.code == 2
+    assert "Traceback" not in ended.err

@@ -139,3 +139,10 @@ def test_numbers_are_found_in_lists_and_mappings():
     with pytest.raises(ConfigError, match=r"^a\.b is inf"):
         check_numbers("a", {"b": 10**400})
     check_numbers("a", {"b": [1, True, "nan", None, {"c": 2.0}]})
+
+
+@pytest.mark.parametrize("key", ["sapo_tau_pos", "vespo_k_pos", "log_clip_low", "real_tau", "entropy_coef"])
+def test_null_is_no_number_where_a_number_is_the_default(key):
+    with pytest.raises(ConfigError, match=f"model.loss.{key} is None; it must be"):
+        LossConfig("dapo", **{key: None})
+    assert LossConfig("dapo", clip_high=None, dro_coef=None, dppo_low=None).resolve().clip_high == 0.28

@@ -319,6 +319,12 @@ def vandal_that_fails(completions, **_):
     raise ValueError("no")
 
 
+def test_a_default_device_that_was_the_default_leaves_no_mode():
+    before = torch._C._len_torch_function_stack()
+    score([lambda completions, **_: torch.set_default_device("cpu") or [0.0] * len(completions)])
+    assert torch._C._len_torch_function_stack() == before
+
+
 @pytest.mark.parametrize("where", ["main", "thread"])
 @pytest.mark.parametrize("function", [vandal_function, vandal_coroutine, vandal_that_fails])
 def test_nothing_that_a_function_does_to_the_process_stays(function, where):

@@ -147,7 +147,8 @@ class VLLMEngine:
         rank_zero_info(f"starting vLLM ({self.sync_kind} sync) ...")
         with process_kept(), _named("start"), offered(self._base):
             if context.world_size > 1:
-                set_ranks(context.rank, context.local_rank, context.world_size)
+                device = policy.causal.device.index  # vLLM's «local rank» is the number of its device
+                set_ranks(context.rank, context.local_rank if device is None else device, context.world_size)
             self._llm = import_vllm().LLM(**arguments)
         self._longest = self._llm.llm_engine.model_config.max_model_len
         rank_zero_info(
